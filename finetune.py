@@ -148,19 +148,19 @@ def initial_tables(init, train, dim, scale="asis", missing_side="random"):
 # --- Training -------------------------------------------------------------------------------------------------------
 
 class Patience:
-    """Stops after `limit` evaluations in a row that bring nothing: none is the highest since the lowest.
+    """Stops after `limit` evaluations in a row without a new best, counted from the lowest of the first `limit` ones.
 
-    From a random start, where the first is the lowest, that is MixGCF's rule: no new best. A pre-trained start falls before
-    it rises: counted against its own start it would be stopped on the way up.
+    From a random start the first is the lowest, and this is MixGCF's rule. A pre-trained start falls before it rises above
+    itself: counted from its own start it would be stopped on the way up.
     """
 
     def __init__(self, limit):
-        self.limit, self.waited, self.lowest, self.highest = limit, -1, np.inf, np.inf
+        self.limit, self.seen, self.waited, self.lowest, self.highest = limit, 0, 0, np.inf, np.inf
 
     def over(self, value):
-        if value < self.lowest:
+        self.seen += 1
+        if self.seen <= self.limit and value < self.lowest:
             self.lowest = self.highest = value
-            self.waited += 1
         elif value > self.highest:
             self.highest, self.waited = value, 0
         else:
@@ -206,16 +206,16 @@ def finetune(parts, init, args, seed, device="cpu"):
             if with_valid:
                 value = metrics.evaluate(*model.embed(), train, parts.valid, KS[:1])["recall@20"]
                 history.append({"epoch": epoch, "recall@20": value, "loss": total.item() / len(users)})
-                bar.set_postfix({"loss": f"{total.item() / len(users):.4f}", "valid recall@20": f"{value:.4f}"})
             if value > best["value"]:
                 best = {"epoch": epoch, "value": value, "tables": [table.clone() for table in model.embed()]}
-            if with_valid and patience.over(value):
-                break
+            if with_valid:
+                bar.set_postfix({"loss": f"{total.item() / len(users):.4f}", "valid recall@20": f"{value:.4f}"})
+                if patience.over(value):
+                    break
     except KeyboardInterrupt:
         if best["epoch"] < 0:
             raise
         interrupted = True
-        print(f"\ninterrupted: testing epoch {best['epoch']}, the best so far", file=sys.stderr)
     bar.close()
     user, item = best["tables"]
     result = {"seed": seed, "epoch": best["epoch"], "epochs_run": epoch, "seconds": round(time.time() - started, 1),
@@ -338,6 +338,9 @@ def main(argv=None):
         if result["interrupted"]:
             break
     print_results(results, args.init)
+    if results[-1]["interrupted"]:
+        raise data.InputError(f"interrupted in seed {seed} at epoch {result['epochs_run']}; tested is its best epoch so far, "
+                              f"{result['epoch']}")
     if args.init == "random":
         print("next: python mmcpr.py" + (f" --data {args.data}" if args.data else "") + ", then python finetune.py --init emb.npz")
     else:

@@ -333,17 +333,16 @@ def pretrain(parts, features, args, device="cpu"):
             else:
                 value = epoch  # no validation: the last epoch is the best
             history.append(point)
-            bar.set_postfix({k: f"{v:.4f}" for k, v in point.items() if k != "epoch"})
             if value > best["value"]:
-                best = {"value": value, **point}
                 state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-            elif passed and epoch - best["epoch"] >= args.patience:
+                best = {"value": value, **point}
+            bar.set_postfix({k: f"{v:.4f}" for k, v in point.items() if k != "epoch"})
+            if passed and epoch - best["epoch"] >= args.patience:
                 break
     except KeyboardInterrupt:
         if state is None:
             raise
         interrupted = True
-        print(f"\ninterrupted: keeping epoch {best['epoch']}, the best so far", file=sys.stderr)
     bar.close()
     model.load_state_dict(state)
     user, item, attention = model.embed()
@@ -436,6 +435,9 @@ def main(argv=None):
             "versions": {"python": platform.python_version(), "numpy": np.__version__, "torch": torch.__version__}}
     data.save_embeddings(args.out, dataset, parts, user, item, meta)
     print_report(report)
+    if report["interrupted"]:
+        raise data.InputError(f"interrupted at epoch {report['epochs_run']}; {args.out} holds epoch {report['epoch']}, the best "
+                              "so far")
     print(f"wrote {args.out}; next: python finetune.py --init {args.out}")
 
 
