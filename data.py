@@ -25,7 +25,6 @@ import tempfile
 import threading
 import time
 import urllib.error
-import urllib.parse
 import urllib.request
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -105,7 +104,8 @@ def split_dataset(dataset, seed=0, valid=0.1):
     for matrix in (train, held, test):
         matrix.sort_indices()
     if not test.nnz:
-        raise InputError(f"{dataset.name}: the split leaves nothing to test: no user has 5 interactions or more")
+        raise InputError(f"{dataset.name}: the split leaves nothing to test: " + ("no user has 5 interactions or more"
+                         if dataset.labels is None else "no row has x_label 2"))
     if valid > 0 and not held.nnz:
         raise InputError(f"{dataset.name}: nothing is left to validate on: pass --valid 0 to train for a fixed number of "
                          "epochs")
@@ -312,11 +312,11 @@ def read_mmrec(path):
     numbers = {}
     for name, values in columns.items():
         try:
-            numbers[name] = np.array([int(value) for value in values], np.int64)
+            numbers[name] = np.array([int(value) for value in values], np.int32)
             if numbers[name].min() < 0:
                 raise ValueError
-        except ValueError:
-            bad = next(i for i, value in enumerate(values) if not value.isascii() or not value.isdigit())
+        except (ValueError, OverflowError):
+            bad = next(i for i, value in enumerate(values) if not value.isascii() or not value.isdigit() or int(value) >> 31)
             raise InputError(f"{path}: data row {bad + 1}: {name} '{values[bad]}' is not a whole number from 0 up") from None
     labels = numbers["x_label"]
     if labels.max() > TEST:
@@ -327,7 +327,7 @@ def read_mmrec(path):
     ready = {modality: (path.parent / file, n_items) for modality, file in (("T", "text_feat.npy"), ("V", "image_feat.npy"))
              if (path.parent / file).exists()}
     return assemble(Dataset(path.stem, path.parent, user_ids.astype(str), np.arange(n_items).astype(str), users,
-                            numbers["itemID"], labels.astype(np.int8), ready=ready))
+                            numbers["itemID"].astype(np.int64), labels.astype(np.int8), ready=ready))
 
 
 def assemble(dataset):
@@ -339,7 +339,7 @@ def assemble(dataset):
     first.sort()
     if len(first) < len(key):
         print(f"{dataset.name}: {len(key) - len(first):,} duplicate pairs merged (the earliest kept)")
-    dataset.ready = {m: (path, first if m == "R" else np.arange(n)) for m, (path, n) in dataset.ready.items()}
+    dataset.ready = {modality: (path, np.arange(rows)) for modality, (path, rows) in dataset.ready.items()}
     return keep(dataset, first)
 
 
@@ -354,8 +354,7 @@ def keep(dataset, rows, drop_empty=False):
         np.searchsorted(user_kept, users), np.searchsorted(item_kept, items),
         None if dataset.labels is None else dataset.labels[rows],
         pick(dataset.texts, item_kept), pick(dataset.images, item_kept), pick(dataset.reviews, rows),
-        {m: (path, have if m == "R" and len(have) == len(rows) else have[rows if m == "R" else item_kept])
-         for m, (path, have) in dataset.ready.items()})
+        {modality: (path, have[rows if modality == "R" else item_kept]) for modality, (path, have) in dataset.ready.items()})
 
 
 def k_core(users, items, count):
@@ -374,9 +373,9 @@ def check_features(path, rows):
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:
-        raise InputError(f"{path}: not a readable .npy array ({str(error).splitlines()[0]}); save it again with "
-                         "numpy.save") from None
-    if not isinstance(array, np.ndarray) or array.ndim != 2 or array.dtype not in (np.float16, np.float32, np.float64):
+        reason = " ".join(str(error).split())[:90]
+        raise InputError(f"{path}: not a readable .npy array ({reason}); save it again with numpy.save") from None
+    if not isinstance(array, np.ndarray) or array.ndim != 2 or not array.shape[1] or array.dtype not in (np.float16, np.float32, np.float64):
         raise InputError(f"{path}: {getattr(array, 'dtype', type(array).__name__)} {getattr(array, 'shape', '')}; a feature "
                          "file is a 2-d array of float16, float32 or float64")
     if len(array) != rows:
@@ -558,7 +557,8 @@ def write_demo(folder, n_users=2000, n_items=1000, n_tastes=16):
     # A taste's favourite colour, shape, nouns and styles; an item follows its main taste in each only so often.
     colours, shapes = list(COLOURS), list(SHAPES)
     favourite = {"colour": rng.integers(len(colours), size=n_tastes), "shape": rng.integers(len(shapes), size=n_tastes)}
-    likes = {"noun": rng.permutation(len(NOUNS)).reshape(n_tastes, -1), "style": rng.permutation(len(STYLES)).reshape(n_tastes, -1)}
+    likes = {"noun": rng.permutation(len(NOUNS)).reshape(n_tastes, -1),
+             "style": rng.permutation(len(STYLES)).reshape(n_tastes, -1)}
 
     def attribute(kind, choices, taste, faith):
         if rng.random() >= faith:
@@ -635,7 +635,7 @@ def prepare_amazon(category, folder, url):
     folder.mkdir(parents=True, exist_ok=True)
     for path, part in ((reviews, "categoryFilesSmall/"), (meta, "metaFiles2/")):
         if not path.exists():
-            download(urllib.parse.urljoin(url, part + path.name), path)
+            download(f"{url.rstrip('/')}/{part}{path.name}", path)
     key = {"version": 1, **{path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in (reviews, meta)}}
     return make_folder(folder / category, key, lambda target: write_amazon(target, reviews, meta))
 
@@ -670,7 +670,7 @@ def write_amazon(folder, reviews, meta):
         except KeyError as error:
             raise InputError(f"{reviews}, row {number}: no field {error}; is this a 5-core review file?") from None
         interactions.append((user, item, clean(record.get("reviewText")) or clean(record.get("summary")),
-                             record.get("unixReviewTime", 0)))
+                             record.get("unixReviewTime") or 0))
         wanted.add(item)
     catalogue, addresses = {}, {}
     for _, record in read_json_lines(meta):
@@ -695,7 +695,7 @@ def clean(value):
     text = " ".join(map(str, value)) if isinstance(value, list) else "" if value is None else str(value)
     text = re.sub(r"(?is)<(script|style)\b.*?(</\1>|$)", " ", text)
     text = html.unescape(re.sub(r"<[/!a-zA-Z][^>]*(>|$)", " ", text))
-    return " ".join(text.replace("\0", " ").split())
+    return " ".join(text.replace("\0", " ").encode("utf-8", "replace").decode().split())  # half a surrogate pair: "?"
 
 
 def item_text(record):
@@ -712,6 +712,10 @@ def image_addresses(record):
         value = record.get(name) or []
         found += [value] if isinstance(value, str) else [a for a in value if isinstance(a, str)]
     return list(dict.fromkeys(a for a in found if a.startswith(("http://", "https://"))))[:3]
+
+
+def disk_full(error):
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
 
 
 def request(url, start=0):
@@ -745,8 +749,8 @@ def download(url, path, patience=5):
                 raise InputError(f"{url}: HTTP {error.code} {error.reason}; is the category spelt as on the data set's page? "
                                  f"Or put the file at {path}") from None
             reason = f"HTTP {error.code}"
-        except (OSError, http.client.HTTPException) as error:
-            if getattr(error, "errno", None) == errno.ENOSPC:
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            if disk_full(error):
                 raise
             reason = str(getattr(error, "reason", error)) or type(error).__name__
         progress = part.exists() and part.stat().st_size > have
@@ -813,9 +817,7 @@ def fetch_image(urls, path, cap=20 << 20, tries=2):
                     result = "unreachable"  # cut off: the next try may get it whole
                     continue
                 if len(body) <= cap and open_image(io.BytesIO(body)) is not None:
-                    temporary = path.with_name(path.name + ".part")
-                    temporary.write_bytes(body)
-                    os.replace(temporary, path)
+                    replace_file(path, lambda file: file.write(body))
                     return "ok"
                 break
             except urllib.error.HTTPError as error:
@@ -823,7 +825,7 @@ def fetch_image(urls, path, cap=20 << 20, tries=2):
                     break
                 result = "unreachable"
             except (OSError, http.client.HTTPException, ValueError) as error:
-                if getattr(error, "errno", None) == errno.ENOSPC:
+                if disk_full(error):
                     raise
                 result = "unreachable"
     return result
@@ -890,7 +892,8 @@ class ClipEncoder:
         try:
             self.model, _, self.preprocess = open_clip.create_model_and_transforms(model, pretrained=weights)
         except Exception as error:  # open_clip raises what its hub client, torch.load or urllib raise
-            raise InputError(f"CLIP {model} with weights '{weights}' cannot be loaded ({str(error).splitlines()[0][:90]}): "
+            reason = " ".join(str(error).split())[:90] or type(error).__name__
+            raise InputError(f"CLIP {model} with weights '{weights}' cannot be loaded ({reason}): "
                              "connect to the internet once or name a weights file with --clip-weights FILE; or use "
                              "--encoder tiny, which needs none") from None
         finally:
@@ -898,7 +901,7 @@ class ClipEncoder:
         self.torch, self.tokenizer = torch, open_clip.get_tokenizer(model)
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model.eval().to(self.device)
-        self.text_width = self.image_width = self.model.text_projection.shape[1]
+        self.text_width = self.image_width = self.text([""]).shape[1]
         self.image_size = 2 * max(np.atleast_1d(self.model.visual.image_size))
 
     def text(self, texts):
@@ -966,7 +969,6 @@ def extract(dataset, what, contents, encoder, clip, data_dir, chunk=256):
 def replace_file(path, write, mode="wb"):
     """Writes a file through write(file) to a temporary name beside it and renames it: whole or not at all."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, mode, **({} if "b" in mode else {"encoding": "utf-8", "newline": ""})) as file:
@@ -976,6 +978,17 @@ def replace_file(path, write, mode="wb"):
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_outputs(*paths):
+    """InputError, before anything is computed, where an output (None: not asked for) could not be written at the end."""
+    for path in filter(None, paths):
+        try:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"{path}: its folder cannot be made ({error.strerror}); choose another output path") from None
+        if os.path.isdir(path) or not os.access(Path(path).parent, os.W_OK):
+            raise InputError(f"{path}: is a folder, or lies in one that cannot be written; choose another output path")
 
 
 def save_embeddings(path, dataset, parts, user, item, meta):
@@ -992,20 +1005,22 @@ def load_embeddings(path):
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
-        arrays["meta"] = json.loads(str(arrays["meta"]))
-        arrays["fingerprint"] = str(arrays["fingerprint"])
-        tables = [arrays["item"]] + ([arrays["user"]] if "user" in arrays else [])
+        for name in ("item", "item_ids", "user_ids", "meta", "fingerprint"):
+            if name not in arrays:
+                raise InputError(f"{path}: no array '{name}'; it is not an emb.npz written by mmcpr.py")
+        arrays["meta"], arrays["fingerprint"] = json.loads(str(arrays["meta"])), str(arrays["fingerprint"])
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; make it with python mmcpr.py --out {path}") from None
-    except KeyError as error:
-        raise InputError(f"{path}: no array {error}; it is not an emb.npz written by mmcpr.py") from None
-    except Exception:  # zipfile, zlib, pickle and numpy each raise their own on a damaged file
+    except InputError:
+        raise
+    except Exception:  # zipfile, zlib, pickle, json and numpy each raise their own on a damaged file
         raise InputError(f"{path}: cut off, pickled or not an .npz file; make it again with python mmcpr.py") from None
-    ids = [arrays["item_ids"]] + ([arrays["user_ids"]] if "user" in arrays else [])
-    for table, names in zip(tables, ids):
-        if table.ndim != 2 or table.shape != (len(names), tables[0].shape[1]) or not np.isfinite(table).all():
-            raise InputError(f"{path}: a table of shape {table.shape} for {len(names)} ids and width {tables[0].shape[-1]}, or "
-                             "with values that are not finite; make it again with python mmcpr.py")
+    for side in ("item", "user") if "user" in arrays else ("item",):
+        table, ids = arrays[side], arrays[f"{side}_ids"]
+        if table.dtype.kind != "f" or table.ndim != 2 or table.shape != (len(ids), *arrays["item"].shape[1:]) or \
+                not np.isfinite(table).all():
+            raise InputError(f"{path}: '{side}' is {table.dtype} {table.shape} for {len(ids)} ids, or not finite; make it again "
+                             "with python mmcpr.py")
     return arrays
 
 
@@ -1063,7 +1078,7 @@ def open_data(args, known=None, modalities="RTVG", contents=True):
     options = {name: next(value for value in (getattr(args, name), (known or {}).get(name), default) if value is not None)
                for name, default in DATA_DEFAULTS.items()}
     options["data_dir"] = os.path.abspath(options["data_dir"])
-    if os.path.isdir(options["data"]):
+    if options["data"] not in ("demo", "sharee", *CATEGORY) and os.path.isdir(options["data"]):
         options["data"] = os.path.abspath(options["data"])  # so that an emb.npz can be used from anywhere
     dataset = load(options["data"], Path(options["data_dir"]), modalities, options["min_count"], options["sample"],
                    options["split_seed"], contents, args.amazon_url)
@@ -1080,7 +1095,7 @@ def cli(main, argv=None):
     except KeyboardInterrupt:
         message = "interrupted; what was cached or written stays, the same command goes on from there"
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if disk_full(error):
             message = f"the disk is full ({error.filename or 'while writing'}); free some space and run the same command again"
         elif error.filename:
             message = f"{error.filename}: {error.strerror}"

@@ -9,6 +9,7 @@ Prints Recall and NDCG @20, 40, 60 on the test interactions, once, at the epoch 
 import argparse
 import csv
 import json
+import os
 import sys
 import time
 
@@ -70,15 +71,15 @@ class NegativeSampler:
 
     def __call__(self, users, m):
         """users int64 [B] -> items int64 [B, m]."""
-        drawn = torch.randint(self.n_items, (len(users), m))
-        todo = (~self.full[users]).nonzero()[:, 0].repeat_interleave(m) * m + torch.arange(m).repeat(int((~self.full[users]).sum()))
-        flat = drawn.view(-1)
+        users = users.repeat_interleave(m)
+        drawn = torch.randint(self.n_items, (len(users),))
+        todo = (~self.full[users]).nonzero()[:, 0]
         while len(todo):
-            key = users[todo // m] * self.n_items + flat[todo]
+            key = users[todo] * self.n_items + drawn[todo]
             hit = self.keys[torch.searchsorted(self.keys, key).clamp_(max=len(self.keys) - 1)] == key
             todo = todo[hit]
-            flat[todo] = torch.randint(self.n_items, (len(todo),))
-        return drawn
+            drawn[todo] = torch.randint(self.n_items, (len(todo),))
+        return drawn.view(-1, m)
 
 
 def hop_mixing(layers, users, candidates):
@@ -286,7 +287,7 @@ def arguments():
     parser = argparse.ArgumentParser(description="Train LightGCN with MixGCF from any initialiser; print the test metrics.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--init", default="random", help="random, or an emb.npz")
-    parser.add_argument("--scale", type=scale, default="asis", help="RMS of the initial tables' entries: asis, xavier, or a number")
+    parser.add_argument("--scale", type=scale, default="asis", help="RMS of the initial tables: asis, xavier, or a number")
     parser.add_argument("--missing-side", choices=("random", "mean"), default="random",
                         help="users that emb.npz does not have: random, or the mean of their training items")
     parser.add_argument("--seeds", type=data.non_negative, nargs="+", default=[0], help="one run each")
@@ -311,6 +312,7 @@ def main(argv=None):
     args = arguments().parse_args(argv)
     if args.lr <= 0 or args.l2 < 0:
         raise data.InputError("--lr must be above 0, --l2 at least 0")
+    data.check_outputs(args.metrics, args.out, args.recommend)
     arrays, known = read_init(args.init, args)
     args.dim = args.dim or 64
     if args.missing_side == "mean" and arrays is None:
@@ -339,14 +341,14 @@ def main(argv=None):
             break
     print_results(results, args.init)
     if results[-1]["interrupted"]:
-        raise data.InputError(f"interrupted in seed {seed} at epoch {result['epochs_run']}; tested is its best epoch so far, "
-                              f"{result['epoch']}")
+        raise data.InputError(f"interrupted in seed {seed} at epoch {result['epochs_run']}; tested is its best epoch so "
+                              f"far, {result['epoch']}")
     if args.init == "random":
         print("next: python mmcpr.py" + (f" --data {args.data}" if args.data else "") + ", then python finetune.py --init emb.npz")
     else:
-        print("next: python finetune.py --init random" + "".join(
-            f" --{name.replace('_', '-')} {value}" for name, value in source.items() if value != data.DATA_DEFAULTS[name]
-            and not (name == "data_dir" and args.data_dir is None and known is None)) + ", the start to compare with")
+        default = {**data.DATA_DEFAULTS, "data_dir": os.path.abspath(data.DATA_DEFAULTS["data_dir"])}
+        same = [f" --{name.replace('_', '-')} {value}" for name, value in source.items() if value != default[name]]
+        print(f"next: python finetune.py --init random{''.join(same)}, the start to compare with")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""MMCPR: multi-modal contrastive pre-training for recommendation (Ma et al., ICMR 2022), the model and its pre-training.
+"""MMCPR: multi-modal contrastive pre-training for recommendation (Liu et al., ICMR 2022), the model and its pre-training.
 
     python mmcpr.py                                     pre-train on the built-in demo data, write emb.npz
     python mmcpr.py --data vg --out vg.npz              the paper's Video Games, from the public raw files
@@ -16,7 +16,6 @@ Symbols, as in the paper. Users u have reviews (R) and the user graph G_u (G); i
     e        [n, d]               the multi-modal representation, what is handed over
 """
 import argparse
-import json
 import platform
 import sys
 import time
@@ -348,7 +347,7 @@ def pretrain(parts, features, args, device="cpu"):
     user, item, attention = model.embed()
     report = {"epoch": best["epoch"], "epochs_run": epoch, "interrupted": interrupted, "seconds": time.time() - started,
               "losses": {"cima": best["cima"], "bce": best["bce"]}, "attention": attention,
-              "alignment": alignment(model, held if len(held) else paired), "popularity_loss": plateau,
+              "alignment": alignment(model, held if len(held) else paired) | {"held_out": len(held) > 0}, "popularity_loss": plateau,
               "valid": {"recall@20": metrics.evaluate(user, item, parts.train, parts.valid, (20,))["recall@20"]
                         if parts.valid.nnz else None},
               "rms": {"user": user.square().mean().sqrt().item(), "item": item.square().mean().sqrt().item(),
@@ -370,10 +369,10 @@ def print_report(report):
     for side, weights in report["attention"].items():
         print(f"mean attention, {side}s: " + (", ".join(f"{m} {w:.3f}" for m, w in weights.items()) or
               "none: this side has no modality, each node has a row of its own"))
-    if report["alignment"]:
+    if "pairs" in report["alignment"]:
         a = report["alignment"]
-        print(f"text to image: R@10 {a['text_to_image_recall@10']:.3f} among {a['pairs']:,}; mean cosine of true pairs "
-              f"{a['cosine_true']:.3f}, of false pairs {a['cosine_false']:.3f}")
+        print(f"text to image: R@10 {a['text_to_image_recall@10']:.3f} among {a['pairs']:,} {'held-out' if a['held_out'] else 'training'} "
+              f"pairs; mean cosine of true pairs {a['cosine_true']:.3f}, of false pairs {a['cosine_false']:.3f}")
     if report["valid"]["recall@20"] is not None:
         print(f"validation Recall@20 of the tables themselves {report['valid']['recall@20']:.4f}")
     print("RMS of the entries: " + ", ".join(f"{k} {v:.3f}" for k, v in report["rms"].items()))
@@ -402,7 +401,7 @@ def arguments():
     parser.add_argument("--lam", type=data.fraction, default=0.2, help="weight of CIMA; 0 drops it, 1 drops BCE (Eq. 16)")
     parser.add_argument("--tau", type=float, default=0.1, help="CIMA's temperature")
     parser.add_argument("--cima", choices=("softmax", "bce"), default="softmax", help="reading of Eq. 11")
-    parser.add_argument("--bias", choices=("none", "global", "item"), default="none", help="trained beside the score of "
+    parser.add_argument("--bias", choices=("none", "global", "item"), default="global", help="trained beside the score of "
                         "Eq. 15, never exported")
     parser.add_argument("--norm", choices=("row", "sym"), default="row", help="Eq. 1's normalisation")
     parser.add_argument("--layers", type=data.non_negative, default=2, help="LightGCN layers of the graph encoder")
@@ -423,6 +422,7 @@ def main(argv=None):
     args = arguments().parse_args(argv)
     if args.tau <= 0 or args.lr <= 0:
         raise data.InputError("--tau and --lr must be above 0")
+    data.check_outputs(args.out)
     dataset, parts, source = data.open_data(args, modalities=args.modalities)
     features = data.features(dataset, args.modalities, args.encoder, Path(source["data_dir"]),
                              (args.clip_model, args.clip_weights))

@@ -1,18 +1,29 @@
 """The tests: python -m pytest -q. Every fast path against the plain loop that states its definition, in float64 where a
 formula is checked; the real command lines on tiny data; every documented error once. No network, GPU or other data."""
+import contextlib
+import csv
+import errno
+import gzip
+import io
 import json
 import os
+import re
 import signal
+import struct
 import subprocess
 import sys
+import threading
 import time
+import zlib
 from argparse import Namespace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
 import pytest
 import scipy.sparse as sp
 import torch
+from PIL import Image
 
 import data
 import finetune
@@ -276,7 +287,8 @@ def test_objective_is_the_weighted_sum(lam, bias):
     plain1 = mmcpr.cima(projected[some, 0], projected[some, 1])
     plain = lam * plain1 + (1 - lam) * plain2
     torch.testing.assert_close(loss, plain)
-    assert l1.item() == pytest.approx(plain1.item() if lam > 0 else 0) and l2.item() == pytest.approx(plain2.item() if lam < 1 else 0)
+    assert l1.item() == pytest.approx(plain1.item() if lam > 0 else 0)
+    assert l2.item() == pytest.approx(plain2.item() if lam < 1 else 0)
     for name, g, want in zip(dict(model.named_parameters()), got, torch.autograd.grad(plain, list(model.parameters()))):
         torch.testing.assert_close(torch.zeros_like(want) if g is None else g, want, msg=name)
     if lam == 1:  # only the two projections of CIMA are trained
@@ -424,13 +436,13 @@ def test_same_seed_same_bytes(trained):
     assert np.array_equal(first["user"], again["user"]) and np.array_equal(first["item"], again["item"])
     assert run(mmcpr.main, "--data", "shop", *QUICK, "--seed", 1, "--out", "other.npz") == 0
     assert not np.array_equal(first["item"], data.load_embeddings("other.npz")["item"])
+    repeats = []
     for _ in range(2):
         assert run(finetune.main, "--init", "emb.npz", "--epochs", 3, "--seeds", 0, 1, "--metrics", "m.json") == 0
         result = json.loads(Path("m.json").read_text())
-        runs = [{k: v for k, v in r.items() if k != "seconds"} for r in result["runs"]]
-        assert _ == 0 or runs == earlier
-        earlier = runs
-    values = [r["test"]["ndcg@40"] for r in runs]
+        repeats.append([{k: v for k, v in r.items() if k != "seconds"} for r in result["runs"]])
+    assert repeats[0] == repeats[1] and repeats[0][0]["history"] != repeats[0][1]["history"]
+    values = [r["test"]["ndcg@40"] for r in result["runs"]]
     assert result["mean"]["ndcg@40"] == pytest.approx(np.mean(values))
     assert result["std"]["ndcg@40"] == pytest.approx(np.std(values, ddof=1))
 
@@ -520,21 +532,945 @@ def test_ctrl_c_keeps_the_best_epoch(tmp_path, script, out):
     assert (tmp_path / "result").exists()
 
 
+@pytest.mark.parametrize("main, flag", [(mmcpr.main, "--out"), (finetune.main, "--metrics"), (finetune.main, "--recommend")])
+@pytest.mark.parametrize("path", ["shop", "shop/items.csv/x"])
+def test_outputs_are_checked_before_the_work(trained, capsys, monkeypatch, main, flag, path):
+    """A folder, or a path below a file: said at once, not after the training."""
+    monkeypatch.setattr(data, "load", None)  # nothing may be loaded before
+    assert run(main, "--data", "shop", flag, path) == 2
+    assert "choose another output path" in capsys.readouterr().err
+
+
+def test_data_that_has_none_of_the_modalities_asked_for(tmp_path, monkeypatch):
+    """--modalities R without reviews, interactions alone: every node has a row of its own, and L2 trains them."""
+    monkeypatch.chdir(tmp_path)
+    pairs = shop(np.random.default_rng(0))[0]
+    (tmp_path / "bare").mkdir()
+    data.write_csv(tmp_path / "bare/interactions.csv", ("user", "item"), pairs)
+    assert run(mmcpr.main, "--data", "bare", "--modalities", "R", *QUICK) == 0
+    assert run(finetune.main, "--init", "emb.npz", "--epochs", 0) == 0
+    assert run(mmcpr.main, "--data", "bare", "--lam", 1, *QUICK) == 2
+
+
+def test_readme_quotes_the_code():
+    """Every decision's line in the README's numbered list stands in the file it names."""
+    quotes = re.findall(r"`(\w+\.py)`: `([^`]+)`", (HERE / "README.md").read_text(encoding="utf-8").split("leaves open")[1])
+    assert len(quotes) >= 23
+    for name, line in quotes:
+        assert line in (HERE / name).read_text(encoding="utf-8"), (name, line)
+
+
 def test_numbers_blow_up_in_one_line(trained, capsys):
     assert run(mmcpr.main, "--data", "shop", *QUICK, "--lr", 1e30) == 2
     assert "lower --lr" in capsys.readouterr().err
 
 
-# --- The demo's planted truth: each part of the method does what it should ---------------------------------------------
+# --- The parts of the method do what they should, where the truth is planted ------------------------------------------
 
 def test_cima_aligns_and_its_absence_does_not():
-    """Text finds its image far more often with CIMA than without; true pairs end closer than false ones."""
+    """Text and image are noisy views of one vector per item: CIMA finds most pairs among 300 items, its absence few."""
     rng = np.random.default_rng(15)
-    pairs, text, image = shop(rng, n_items=60, tastes=8)
-    parts = Namespace(train=sp.csr_matrix((np.ones(len(pairs), np.float32), pairs.T), (40, 60)), valid=sp.csr_matrix((40, 60)))
+    pairs = shop(rng, n_users=60, n_items=300, tastes=8)[0]
+    truth = rng.normal(size=(300, 8))
+    text, image = (truth @ rng.normal(size=(8, 12)) + 0.3 * rng.normal(size=(300, 12)) for _ in range(2))
+    parts = Namespace(train=sp.csr_matrix((np.ones(len(pairs), np.float32), pairs.T), (60, 300)), valid=sp.csr_matrix((60, 300)))
     found = {}
     for lam in (0, 0.2):
-        args = mmcpr.arguments().parse_args(["--lam", str(lam), "--epochs", "60", "--lr", "0.01"])
+        args = mmcpr.arguments().parse_args(["--lam", str(lam), "--epochs", "60", "--lr", "0.01", "--dim", "16"])
         found[lam] = mmcpr.pretrain(parts, {"T": text, "V": image}, args)[2]["alignment"]
-    assert found[0.2]["text_to_image_recall@10"] > 2 * found[0]["text_to_image_recall@10"]
+    assert found[0]["text_to_image_recall@10"] < 0.3 and found[0.2]["text_to_image_recall@10"] > 0.8
     assert found[0.2]["cosine_true"] - found[0.2]["cosine_false"] > 0.5
+
+
+def test_contents_rank_items_nobody_trained_on():
+    """Planted tastes show in the contents, so text and image put new items before users better than chance does."""
+    rng = np.random.default_rng(16)
+    pairs, text, image = shop(rng, n_users=120, n_items=90, tastes=4)
+    new = pairs[:, 1] >= 70
+    matrix = lambda rows: sp.csr_matrix((np.ones(len(rows), np.float32), rows.T), (120, 90))
+    train, test = matrix(pairs[~new]), matrix(pairs[new])
+    args = mmcpr.arguments().parse_args(["--modalities", "TVG", "--epochs", "150", "--lr", "0.01", "--dim", "16"])
+    user, item, _ = mmcpr.pretrain(Namespace(train=train, valid=sp.csr_matrix((120, 90))), {"T": text, "V": image}, args)
+    old = sp.csr_matrix(np.repeat((np.arange(90) < 70)[None], 120, 0).astype(np.float32))  # rank the 20 new items alone
+    got = metrics.evaluate(torch.from_numpy(user), torch.from_numpy(item), old, test, (5,))["recall@5"]
+    chance = metrics.evaluate(torch.randn(120, 4), torch.randn(90, 4), old, test, (5,))["recall@5"]
+    assert got > 1.5 * chance
+
+
+# --- data.py: helpers --------------------------------------------------------------------------------------------------------
+
+GOOD = {"interactions.csv": "user,item,review\n" + "".join(f"u{u},i{i},word{i}\n" for u in range(2) for i in range(6)),
+        "items.csv": "item,text,image\n" + "".join(f"i{i},text {i},\n" for i in range(6))}
+INTER = "userID\titemID\trating\tx_label\n" + "".join(f"{n % 3}\t{n % 5}\t1.0\t{n % 5 % 3}\n" for n in range(15))
+
+
+def put(folder, files):
+    """Writes {name: text, bytes or array} below folder, which it returns; None: no such file."""
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(content, np.ndarray):
+            np.save(path, content)
+        elif content is not None:
+            path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return folder
+
+
+def prepare(folder, *more, data_dir=None):
+    """python data.py on a folder or a named data set, in this process; returns the exit code."""
+    place = data_dir or folder.parent / "cache"
+    return data.cli(data.main, ["--data", str(folder), "--data-dir", str(place), "--encoder", "tiny", *map(str, more)])
+
+
+def only_error(capsys):
+    """What the command said last: the one `error: ` line of stderr (progress bars come before it)."""
+    lines = [line for line in re.split(r"[\r\n]+", capsys.readouterr().err) if line.strip()]
+    assert [line for line in lines if "error:" in line or "Traceback" in line] == lines[-1:]
+    assert lines[-1].startswith("error: ")
+    return lines[-1]
+
+
+def png(mode="RGB", size=(12, 9), colour=None, format="PNG"):
+    file = io.BytesIO()
+    Image.new(mode, size, 0 if colour is None else colour).save(file, format)
+    return file.getvalue()
+
+
+def npy(array):
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+def encoder_calls(monkeypatch, fail_at=None):
+    """A list that gets the texts of each call of the tiny encoder; the call number fail_at is interrupted."""
+    calls, real = [], data.TinyEncoder.text
+
+    def text(self, texts):
+        if len(calls) == fail_at:
+            raise KeyboardInterrupt
+        calls.append(list(texts))
+        return real(self, texts)
+
+    monkeypatch.setattr(data.TinyEncoder, "text", text)
+    return calls
+
+
+def no_space(*args, **kwargs):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+# --- Folders that cannot be read ------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name, content, words", [
+    ("interactions.csv", "user,text\nu,i\n", "interactions.csv, row 1: no column 'item'"),
+    ("interactions.csv", "user,itme\nu,i\n", "row 1: no column 'item'; rename 'itme'"),
+    ("interactions.csv", "user,item,reveiw\nu,i0,x\n", "row 1: unknown column 'reveiw'; did you mean 'review'"),
+    ("items.csv", "item,txt\ni0,x\n", "items.csv, row 1: unknown column 'txt'; did you mean 'text'"),
+    ("interactions.csv", "user,item,item\nu,i0,i0\n", "row 1: a column name occurs twice"),
+    ("interactions.csv", "", "interactions.csv: the file is empty"),
+    ("interactions.csv", "user,item\n", "interactions.csv: the header is there, but no row follows"),
+    ("interactions.csv", "user,item\nu,i0\nu,i1,more\n", "interactions.csv, row 3: 3 fields, the header has 2"),
+    ("interactions.csv", "user,item\nu,i0\nu\n", "interactions.csv, row 3: 1 fields"),
+    ("interactions.csv", b"user,item\nu,i0\nu,caf\xe9\nu,i1\n", "interactions.csv, row 3: not UTF-8; save"),
+    ("interactions.csv", 'user,item\nu,i0\nu,"i1" x\n', "interactions.csv, row 3: "),
+    ("interactions.csv", "user,item\nu,i0\n,i1\n", "interactions.csv: data row 2 has no user; fill it in or remove"),
+    ("interactions.csv", "user,item\nu,i0\nu,\n", "interactions.csv: data row 2 has no item"),
+    ("items.csv", "item,text\ni0,x\n,y\n", "items.csv: data row 2 has no item"),
+    ("interactions.csv", "user,item\nu,i0\nu,i9\n", "interactions.csv: data row 2 has item 'i9', which is not in items.csv"),
+    ("items.csv", GOOD["items.csv"] + "i2,again,\n", "items.csv: data row 7 lists item 'i2' a second time; remove"),
+    ("items.csv", GOOD["items.csv"] + "j,x,a/../../x.png\n", "items.csv: data row 7: image 'a/../../x.png' leaves"),
+    ("items.csv", GOOD["items.csv"] + "j,x,/x.png\n", "items.csv: data row 7: image '/x.png' leaves the folder; use"),
+    ("interactions.csv", "user,item\n" + "".join(f"u{n // 4},i{n % 4}\n" for n in range(12)), "leaves nothing to test"),
+    ("interactions.csv", None, "neither interactions.csv nor one .inter file"),
+])
+def test_folder_that_cannot_be_read(tmp_path, capsys, name, content, words):
+    """A folder's defect ends with code 2 and one line that names the file, the row and the remedy."""
+    assert prepare(put(tmp_path / "shop", GOOD | {name: content})) == 2
+    assert words in only_error(capsys)
+
+
+@pytest.mark.parametrize("edit, words", [
+    (lambda x: x[:5], "5 rows, but 6 are needed"),
+    (lambda x: x.astype(int), "int64 (6, 3)"),
+    (lambda x: x[:, 0], "float32 (6,)"),
+    (lambda x: x[:, :0], "float32 (6, 0)"),
+    (lambda x: np.where(x == 7, -np.inf, x), "data row 3 has infinities"),
+    (lambda x: np.where(x == 7, np.nan, x), "data row 3 has some NaN"),
+    (lambda x: x.astype(object), "not a readable .npy array"),
+    (lambda x: npy(x)[:-1], "not a readable .npy array"),
+    (lambda x: b"", "not a readable .npy array"),
+])
+@pytest.mark.parametrize("file", ["item_text.npy", "item_image.npy", "review.npy"])
+def test_feature_file_that_cannot_be_used(tmp_path, capsys, file, edit, words):
+    """A ready feature file with the wrong shape, dtype or values is refused by name."""
+    files = GOOD | {"interactions.csv": "user,item\n" + "".join(f"u,i{i}\n" for i in range(6))}
+    put(tmp_path / "shop", files | {file: edit(np.arange(18, dtype=np.float32).reshape(6, 3))})
+    assert prepare(tmp_path / "shop") == 2
+    message = only_error(capsys)
+    assert file in message and words in message
+
+
+@pytest.mark.parametrize("old, new, words", [
+    ("x_label", "label", "x.inter, row 1: no column 'x_label'"),
+    ("1.0\t2", "1.0\t3", "data row 3: x_label 3 is none of 0 (train), 1 (valid), 2 (test)"),
+    ("1.0\t2", "1.0\t-1", "data row 3: x_label '-1' is not a whole number"),
+    ("\n2\t2", "\n2\tB002", "data row 3: itemID 'B002' is not a whole number"),
+    ("\n2\t2", "\n2.0\t2", "data row 3: userID '2.0' is not a whole number"),
+    ("\n2\t2", f"\n{10 ** 20}\t2", f"data row 3: userID '{10 ** 20}'"),
+    ("1.0\t2", "1.0", "x.inter, row 4: 3 fields"),
+])
+def test_mmrec_folder_that_cannot_be_read(tmp_path, capsys, old, new, words):
+    """An MMRec folder's defect is named by row."""
+    assert prepare(put(tmp_path / "x", {"x.inter": INTER.replace(old, new, 1)})) == 2
+    assert words in only_error(capsys)
+
+
+@pytest.mark.parametrize("name, words", [
+    ("nowhere", "--data nowhere: no such folder, and not one of demo, vg, tg, sharee, amazon:<Category>"),
+    ("sharee", "private data set cannot be downloaded"),
+    ("amazon:", "a category is letters, digits and _"),
+    ("amazon:../x", "amazon:../x: a category is letters, digits and _"),
+])
+def test_unknown_data(tmp_path, capsys, name, words):
+    assert prepare(name, data_dir=tmp_path) == 2
+    assert words in only_error(capsys)
+
+
+def test_mmrec_labels_without_a_test_are_told_as_such(tmp_path, capsys):
+    """Published labels with no 2 among them: the number of a user's interactions is not the reason."""
+    assert prepare(put(tmp_path / "x", {"x.inter": INTER.replace("1.0\t2", "1.0\t1")})) == 2
+    message = only_error(capsys)
+    assert "nothing to test" in message and "5 interactions" not in message
+
+
+# --- Folders that can -----------------------------------------------------------------------------------------------
+
+def test_duplicates_are_merged_and_the_earliest_review_stays(tmp_path, capsys):
+    put(tmp_path, {"interactions.csv": "user,item,review\nu,b,first\nv,b,other\nu,b,second\nu,a,\nu,a,late\n"})
+    shop = data.load(str(tmp_path))
+    pairs = list(zip(shop.user_ids[shop.users], shop.item_ids[shop.items], shop.reviews))
+    assert pairs == [("u", "b", "first"), ("v", "b", "other"), ("u", "a", "")]
+    assert "2 duplicate pairs merged" in capsys.readouterr().out
+
+
+def test_csv_dialect(tmp_path):
+    """A byte order mark, CRLF, quoted commas, quotes and line breaks, blank lines, other columns, items nobody bought."""
+    put(tmp_path, {"interactions.csv": '\ufeffuser,when,item,review\r\nu,1,"a,b","one ""two""\nthree"\r\n\r\nu,2,ü,\r\n',
+                   "items.csv": 'text,item\n"x, y",ü\n,"a,b"\nz,unsold\n'})
+    shop = data.load(str(tmp_path))
+    assert list(shop.item_ids) == ["ü", "a,b", "unsold"] and shop.texts == ["x, y", "", "z"] and shop.images is None
+    assert list(shop.item_ids[shop.items]) == ["a,b", "ü"] and shop.reviews == ['one "two"\nthree', ""]
+
+
+def test_user_with_one_interaction_trains_and_is_not_tested(tmp_path):
+    put(tmp_path, GOOD | {"interactions.csv": GOOD["interactions.csv"] + "single,i0,\n"})
+    shop = data.load(str(tmp_path))
+    parts = data.split_dataset(shop)
+    assert shop.user_ids[2] == "single" and [m[[2]].nnz for m in (parts.train, parts.valid, parts.test)] == [1, 0, 0]
+
+
+def test_interactions_alone_are_a_data_set(tmp_path, capsys):
+    assert prepare(put(tmp_path / "shop", {"interactions.csv": GOOD["interactions.csv"].replace(",review", ",note")})) == 0
+    assert "2 users, 6 items, 12 interactions" in capsys.readouterr().out
+
+
+def test_folder_may_be_called_like_a_built_in_set(tmp_path, capsys, monkeypatch):
+    """--data demo is the built-in set, also where a folder of that name lies in the working directory."""
+    monkeypatch.chdir(put(tmp_path, {f"demo/{name}": content for name, content in GOOD.items()}))
+    monkeypatch.setattr(data.write_demo, "__defaults__", (40, 30, 16))
+    assert prepare("demo", data_dir=tmp_path / "made") == 0
+    assert "demo: 40 users, 30 items" in capsys.readouterr().out
+
+
+# --- Images ---------------------------------------------------------------------------------------------------------
+
+def test_unreadable_images_are_nan_rows_and_counted(tmp_path, capsys):
+    """Exactly the missing, cut-off, fake and absurdly large pictures are left out."""
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8))
+    whole = {}
+    for kind in ("PNG", "JPEG"):
+        noise.save(file := io.BytesIO(), kind)
+        whole[kind] = file.getvalue()
+    chunk = lambda kind, body: struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+    bomb = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 100_000, 100_000, 8, 2, 0, 0, 0)) + \
+        chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+    fine = {"rgb.png": whole["PNG"], "rgb.jpg": whole["JPEG"], "rgba.png": png("RGBA", colour=(9, 9, 9, 99)),
+            "palette.png": png("P"), "grey.png": png("L"), "grey_alpha.png": png("LA"), "bit.png": png("1"),
+            "grey16.png": png("I;16"), "cmyk.jpg": png("CMYK", format="JPEG"), "still.gif": png("P", format="GIF")}
+    bad = {"missing.png": None, "cut.png": whole["PNG"][:3000], "cut.jpg": whole["JPEG"][:1000], "text.png": "hello",
+           "empty.jpg": b"", "bomb.png": bomb}
+    pictures = fine | bad
+    items = "item,image\n" + "".join(f"{n},{name}\n" for n, name in enumerate(pictures)) + "none,\n"
+    put(tmp_path, pictures | {"items.csv": items, "interactions.csv": "user,item\nu,none\n"})
+    V = data.features(data.load(str(tmp_path)), "V", "tiny", tmp_path)["V"]
+    whole_rows = dict(zip(pictures, ~np.isnan(V).any(1)))
+    assert whole_rows == {name: name in fine for name in pictures} and np.isnan(V[-1]).all()
+    assert "image: 256-d; 7 of 17 items have none (6 images missing or unreadable)" in capsys.readouterr().out
+
+
+def test_open_image_composes_transparency_and_caps_pixels(tmp_path, monkeypatch):
+    clear = io.BytesIO(png("RGBA", (16, 16), (200, 0, 0, 0)))
+    monkeypatch.setattr(data, "MAX_PIXELS", 256)
+    assert np.all(np.asarray(data.open_image(clear)) == 255)
+    monkeypatch.setattr(data, "MAX_PIXELS", 255)
+    clear.seek(0)
+    assert data.open_image(clear) is None
+
+
+# --- The split ------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("valid", [0, 0.1, 0.5, 1])
+def test_split_counts(valid):
+    """floor(n_u / 5) to test, round(valid * training) to validation, and every user keeps one to train."""
+    users = np.random.default_rng(3).permutation(np.repeat(np.arange(40), 1 + np.arange(40) % 13))
+    part, n = data.split(users, 1, valid), np.bincount(users)
+    assert np.array_equal(np.bincount(users[part == data.TEST], minlength=40), n // 5)
+    assert np.bincount(users[part == data.TRAIN], minlength=40).min() >= 1
+    rest = len(users) - np.sum(n // 5)
+    assert np.sum(part == data.VALID) == min(round(valid * rest), rest - 40)
+
+
+def test_split_seeds_are_reproducible_and_differ():
+    users = np.repeat(np.arange(30), 10)
+    assert np.array_equal(data.split(users, 5), data.split(users, 5))
+    for held in (data.VALID, data.TEST):
+        assert np.any((data.split(users, 5) == held) != (data.split(users, 6) == held))
+
+
+def test_split_is_uniform_over_a_users_interactions():
+    """Over many seeds each of ten interactions is tested in 1/5 of the splits (binomial, 6 sigma)."""
+    tested = np.mean([data.split(np.zeros(10, int), seed) == data.TEST for seed in range(1000)], axis=0)
+    assert np.all(np.abs(tested - 0.2) < 6 * np.sqrt(0.2 * 0.8 / 1000))
+
+
+def test_published_labels_are_respected(tmp_path):
+    """MMRec's x_label is the split; --valid 0 trains on its validation too; ids have gaps and feature rows follow them."""
+    features = np.arange(12, dtype=np.float32).reshape(6, 2)
+    inter = INTER + "9\t5\t1.0\t0\n"
+    put(tmp_path / "x", {"x.inter": inter, "text_feat.npy": features, "image_feat.npy": features + 1})
+    shop = data.load(str(tmp_path / "x"))
+    parts, merged = data.split_dataset(shop, 0, 0.1), data.split_dataset(shop, 0, 0)
+    rows = [list(map(int, (u, i, label))) for u, i, _, label in map(str.split, inter.splitlines()[1:])]
+    for label, matrix in enumerate((parts.train, parts.valid, parts.test)):
+        got = {(int(shop.user_ids[u]), int(shop.item_ids[i])) for u, i in zip(*matrix.nonzero())}
+        assert got == {(u, i) for u, i, x in rows if x == label}
+    assert (merged.train != parts.train + parts.valid).nnz == 0 == merged.valid.nnz
+    assert list(shop.user_ids) == ["0", "1", "2", "9"]
+    made = data.features(shop, "TV")
+    assert np.array_equal(made["T"], features) and np.array_equal(made["V"], features + 1)
+
+
+def test_labels_without_validation_get_one_from_training(tmp_path):
+    """Where a published split has no validation, `valid` of its training is drawn; each user keeps one to train."""
+    put(tmp_path / "x", {"x.inter": INTER.replace("1.0\t1\n", "1.0\t0\n")})
+    shop = data.load(str(tmp_path / "x"))
+    parts = data.split_dataset(shop, 0, 0.3)
+    train = np.sum(shop.labels == data.TRAIN)
+    assert parts.valid.nnz == round(0.3 * train) and parts.train.nnz == train - parts.valid.nnz
+    assert np.diff(parts.train.indptr).min() >= 1 and parts.test.nnz == np.sum(shop.labels == data.TEST)
+
+
+# --- Nothing held out leaks -----------------------------------------------------------------------------------------
+
+def test_pool_reviews_is_the_mean_of_training_reviews():
+    """Against a plain loop; what held-out rows hold, NaN and infinities too, changes no bit."""
+    rng = np.random.default_rng(0)
+    users, in_train = rng.integers(6, size=60), rng.random(60) < 0.7
+    in_train[users == 2] = False
+    review = rng.normal(size=(60, 4)).astype(np.float16)
+    review[rng.random(60) < 0.2] = np.nan
+    pooled = data.pool_reviews(review, users, 7, in_train, chunk=16)
+    for u in range(7):
+        own = [review[n].astype(np.float64) for n in range(60) if users[n] == u and in_train[n] and review[n, 0] == review[n, 0]]
+        np.testing.assert_allclose(pooled[u], np.mean(own, 0) if own else np.full(4, np.nan), rtol=1e-5)
+    for poison in (np.nan, np.inf):
+        poisoned = np.where(in_train[:, None], review, np.float16(poison))
+        np.testing.assert_array_equal(data.pool_reviews(poisoned, users, 7, in_train, chunk=16), pooled)
+
+
+def test_fingerprint_and_graph_see_training_interactions_only():
+    def parts(items, labels):
+        ids = np.array(list("abcdef"))
+        return data.split_dataset(data.Dataset("x", Path(), ids[:2], ids, np.array([0, 0, 0, 1, 1, 1]), np.array(items),
+                                               np.array(labels, np.int8)))
+    one, other = parts([0, 1, 2, 0, 1, 3], [0, 0, 2, 0, 1, 2]), parts([0, 1, 5, 0, 4, 2], [0, 0, 1, 0, 2, 2])
+    changed = parts([0, 3, 2, 0, 1, 3], [0, 0, 2, 0, 1, 2])
+    assert one.fingerprint == other.fingerprint != changed.fingerprint
+    graphs = [data.co_interaction(p.train.T.tocsr(), "A").A for p in (one, other, changed)]
+    assert (graphs[0] != graphs[1]).nnz == 0 < (graphs[0] != graphs[2]).nnz
+
+
+# --- Filters --------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("count", [1, 2, 3, 9])
+def test_k_core_is_the_fixpoint(count):
+    rng = np.random.default_rng(count)
+    pairs = sorted({(int(u), int(i)) for u, i in zip(rng.integers(25, size=90), rng.integers(20, size=90))})
+    left = list(range(len(pairs)))
+    while True:
+        users, items = [pairs[n][0] for n in left], [pairs[n][1] for n in left]
+        keep = [n for n in left if users.count(pairs[n][0]) >= count and items.count(pairs[n][1]) >= count]
+        if keep == left:
+            break
+        left = keep
+    users, items = np.array(pairs).T
+    assert list(data.k_core(users, items, count)) == left
+
+
+def test_filters_keep_contents_and_features_with_their_ids(tmp_path):
+    """After merging, --min-count and --sample each review and each feature row still belongs to its id."""
+    rng = np.random.default_rng(0)
+    pairs = [(int(u), int(i)) for u, i in rng.integers(14, size=(160, 2))]
+    number = lambda rows: np.array(rows, np.float32)[:, None]
+    put(tmp_path, {"interactions.csv": "user,item,review\n" + "".join(f"{u},{i},{n}\n" for n, (u, i) in enumerate(pairs)),
+                   "items.csv": "item,text\n" + "".join(f"{i},text {i}\n" for i in range(14, -1, -1)),
+                   "item_text.npy": number(range(14, -1, -1)), "review.npy": number(range(160))})
+    for min_count, sample in ((0, 0), (5, 0), (5, 40)):
+        shop = data.load(str(tmp_path), min_count=min_count, sample=sample, seed=1)
+        made = data.features(shop, "TR")
+        assert list(made["T"][:, 0]) == [int(i) for i in shop.item_ids] == [int(t.split()[1]) for t in shop.texts]
+        rows = [int(n) for n in shop.reviews]
+        assert list(made["R"][:, 0]) == rows == sorted(rows)
+        assert [pairs[n] for n in rows] == [(int(shop.user_ids[u]), int(shop.item_ids[i]))
+                                            for u, i in zip(shop.users, shop.items)]
+        assert all(pairs.index(pairs[n]) == n for n in rows)
+        assert len(rows) == (sample or len(rows)) and np.bincount(shop.users).min() >= (1 if sample else min_count or 1)
+    with pytest.raises(data.InputError, match="--min-count 99 leaves no interaction"):
+        data.load(str(tmp_path), min_count=99)
+
+
+# --- The demo and the tiny encoder ----------------------------------------------------------------------------------
+
+DIGEST = """
+import hashlib, sys, data, numpy as np
+from pathlib import Path
+folder = Path(sys.argv[1])
+folder.mkdir()
+data.write_demo(folder, 60, 50)
+tiny = data.TinyEncoder()
+pictures = [data.open_image(path) for path in sorted(folder.glob("images/*"))]
+rows = tiny.text((folder / "items.csv").read_text().splitlines()), tiny.image(pictures)
+files = [path.relative_to(folder).as_posix().encode() + path.read_bytes() for path in sorted(folder.rglob("*.*"))]
+print(len(files), [hashlib.sha256(x).hexdigest() for x in (b"".join(files), *(row.tobytes() for row in rows))])
+"""
+
+
+def test_demo_and_tiny_encoder_are_the_same_in_every_process(tmp_path):
+    runs = [subprocess.Popen([sys.executable, "-c", DIGEST, tmp_path / seed], text=True, stdout=subprocess.PIPE,
+                             cwd=Path(data.__file__).parent, env=os.environ | {"PYTHONHASHSEED": seed}) for seed in "12"]
+    (one, other), codes = [process.communicate()[0] for process in runs], [process.returncode for process in runs]
+    assert codes == [0, 0] and one == other and int(one.split()[0]) > 40
+
+
+def test_tiny_encoder_tells_contents_apart():
+    """Unit rows; the same content gives the same row, a shared word a closer one, no word at all a zero row."""
+    text = data.TinyEncoder().text(["a red lamp", "A red, lamp!", "a red kettle", "zzz", "..."])
+    same = text @ text.T
+    assert same[0, 1] == pytest.approx(1) and 0.2 < same[0, 2] < 0.9 and abs(same[0, 3]) < 0.2 and not text[4].any()
+    image = data.TinyEncoder().image([Image.new("RGB", (9, 5), c) for c in ("red", "red", "blue")])
+    same = image @ image.T
+    assert same[0, 1] == pytest.approx(1) and np.diag(same) == pytest.approx(1) and same[0, 2] < 0.5
+
+
+# --- The feature cache ----------------------------------------------------------------------------------------------
+
+def texts_of(folder, texts):
+    return data.Dataset("shop", folder, *[np.array(["x"])] * 2, *[np.zeros(1, int)] * 2, texts=texts)
+
+
+def extract(folder, texts, encoder="tiny", chunk=4):
+    return np.array(data.extract(texts_of(folder, texts), "text", texts, encoder, ("m", "w"), folder, chunk))
+
+
+TEXTS = [f"word{n} word{n % 3}" if n % 5 else "" for n in range(11)]
+
+
+def test_cached_features_are_not_made_again(tmp_path, monkeypatch):
+    first = extract(tmp_path, TEXTS)
+    assert list(np.isnan(first).all(1)) == [not text for text in TEXTS] and np.isfinite(first).any(1).sum() == 8
+    files = set(tmp_path.rglob("*.npy"))
+    calls = encoder_calls(monkeypatch, fail_at=0)
+    np.testing.assert_array_equal(extract(tmp_path, TEXTS), first)
+    assert set(tmp_path.rglob("*.*")) == files and calls == []
+
+
+@pytest.mark.parametrize("change", [
+    lambda patch: TEXTS[:-1] + ["changed"], lambda patch: TEXTS[::-1],
+    lambda patch: patch.setattr(data, "FEATURES_VERSION", 99) or TEXTS,
+    lambda patch: patch.setattr(data, "ClipEncoder", lambda *clip: data.TinyEncoder()) or TEXTS,
+])
+def test_other_contents_or_encoder_other_cache(tmp_path, monkeypatch, change):
+    """A text, the order, the version or the encoder changes the cache's name; the earlier one stays."""
+    before = extract(tmp_path, TEXTS)
+    texts = change(monkeypatch)
+    after = extract(tmp_path, texts, "clip" if data.ClipEncoder.__name__ == "<lambda>" else "tiny")
+    assert len(list(tmp_path.rglob("*.npy"))) == 2 and np.array_equal(np.isnan(after).any(1), [not t for t in texts])
+    monkeypatch.undo()
+    np.testing.assert_array_equal(extract(tmp_path, TEXTS), before)
+
+
+def test_replaced_picture_is_encoded_again(tmp_path):
+    put(tmp_path, {"a.png": png(colour="red")})
+    shop = texts_of(tmp_path, None)
+    rows = []
+    for colour in ("red", "blue"):
+        put(tmp_path, {"a.png": png(colour=colour)})
+        os.utime(tmp_path / "a.png", (len(rows), len(rows)))
+        rows.append(np.array(data.extract(shop, "image", ["a.png"], "tiny", None, tmp_path)))
+    assert not np.array_equal(*rows)
+
+
+@pytest.mark.parametrize("cut", [0, 7, 100_000])
+def test_interrupted_extraction_goes_on(tmp_path, monkeypatch, cut):
+    """Ctrl-C after the first chunk, then `cut` bytes lost: the rest alone is encoded, and the result is the same."""
+    whole = extract(tmp_path / "whole", TEXTS)
+    encoder_calls(monkeypatch, fail_at=1)
+    with pytest.raises(KeyboardInterrupt):
+        extract(tmp_path, TEXTS)
+    part, = tmp_path.glob("features/*.part")
+    os.truncate(part, max(0, part.stat().st_size - cut))
+    monkeypatch.undo()
+    calls = encoder_calls(monkeypatch)
+    np.testing.assert_array_equal(extract(tmp_path, TEXTS), whole)
+    done = {0: 4, 7: 3, 100_000: 0}[cut]
+    assert sum(calls, []) == [text for text in TEXTS[done:] if text] and not part.exists()
+
+
+def test_interrupted_command_says_so_and_the_next_one_goes_on(tmp_path, capsys, monkeypatch):
+    encoder_calls(monkeypatch, fail_at=1)
+    assert prepare(put(tmp_path / "shop", GOOD)) == 2
+    assert "interrupted" in only_error(capsys)
+    monkeypatch.undo()
+    calls = encoder_calls(monkeypatch)
+    assert prepare(tmp_path / "shop") == 0
+    assert calls == [[f"word{i}" for _ in range(2) for i in range(6)]]
+
+
+def test_full_disk_while_encoding(tmp_path, capsys, monkeypatch):
+    """One line, code 2; what was written stays a .part, and the next run makes the same as an undisturbed one."""
+    whole = extract(tmp_path / "whole", TEXTS)
+    put(tmp_path / "shop", GOOD)
+    real = data.tqdm.update
+    monkeypatch.setattr(data.tqdm, "update", no_space)  # called after each chunk that was written
+    assert prepare(tmp_path / "shop") == 2
+    assert "the disk is full" in only_error(capsys)
+    with pytest.raises(OSError):
+        extract(tmp_path, TEXTS)
+    monkeypatch.setattr(data.tqdm, "update", real)
+    assert not list(tmp_path.glob("features/*.npy"))
+    np.testing.assert_array_equal(extract(tmp_path, TEXTS), whole)
+    assert prepare(tmp_path / "shop") == 0
+
+
+# --- Files that are whole or not there ------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("call", ["write", "fsync", "replace"])
+def test_full_disk_leaves_the_earlier_file(tmp_path, capsys, monkeypatch, call):
+    """Wherever writing fails, the file that was there is intact and no temporary one stays."""
+    data.replace_file(tmp_path / "a.csv", lambda file: file.write("earlier"), "w")
+    if call != "write":
+        monkeypatch.setattr(data.os, call, no_space)
+    fill = lambda file: (file.write("half"), no_space() if call == "write" else None)
+    assert data.cli(lambda argv: data.replace_file(tmp_path / "a.csv", fill, "w")) == 2
+    assert "the disk is full" in only_error(capsys)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.csv"] and (tmp_path / "a.csv").read_text() == "earlier"
+
+
+def embeddings(folder, with_user=True):
+    """Saves random tables of a data set with unicode ids; returns (path, dataset, parts, user, item)."""
+    shop = data.load(str(put(folder, {"interactions.csv": GOOD["interactions.csv"].replace("u1", "ü1").replace("i3", "項3")})))
+    parts, rng = data.split_dataset(shop), np.random.default_rng(0)
+    user, item = (rng.normal(size=(n, 4)).astype(np.float32) for n in (shop.n_users, shop.n_items))
+    data.save_embeddings(folder / "emb.npz", shop, parts, user if with_user else None, item, {"data": {"data": str(folder)}})
+    return folder / "emb.npz", shop, parts, user, item
+
+
+@pytest.mark.parametrize("with_user", [True, False])
+def test_embeddings_round_trip(tmp_path, with_user):
+    path, shop, parts, user, item = embeddings(tmp_path, with_user)
+    back = data.load_embeddings(path)
+    assert np.array_equal(back["item"], item) and back["item"].dtype == np.float32
+    assert ("user" in back) == with_user and (not with_user or np.array_equal(back["user"], user))
+    assert list(back["user_ids"]) == ["u0", "ü1"] and list(back["item_ids"]) == list(shop.item_ids) and "項3" in back["item_ids"]
+    assert back["meta"] == {"data": {"data": str(tmp_path)}} and back["fingerprint"] == parts.fingerprint
+
+
+@pytest.mark.parametrize("name, edit, words", [
+    *[(name, None, f"no array '{name}'") for name in ("item", "item_ids", "user_ids", "meta", "fingerprint")],
+    ("item_ids", lambda x: x.astype(object), "pickled"),
+    ("meta", lambda x: np.array("{"), "make it again"),
+    ("user", lambda x: x[:, :3], "(2, 3)"),
+    ("item", lambda x: x[:5], "(5, 4) for 6 ids"),
+    ("item", lambda x: x[0], "(4,) for 6 ids"),
+    ("item", lambda x: x[0, 0], "make it again"),
+    ("item", lambda x: x.astype(str), "make it again"),
+    ("user", lambda x: x * np.nan, "not finite"),
+    ("item", lambda x: x / 0, "not finite"),
+])
+@pytest.mark.filterwarnings("ignore:divide by zero")
+def test_embeddings_that_cannot_be_used(tmp_path, capsys, name, edit, words):
+    """finetune.py refuses an emb.npz with an array missing, pickled, misshapen or not finite, and names the file."""
+    path = embeddings(tmp_path)[0]
+    arrays = dict(np.load(path))
+    arrays.update({name: edit(arrays[name])}) if edit else arrays.pop(name)
+    np.savez(path, **arrays)
+    assert data.cli(finetune.main, ["--init", str(path)]) == 2
+    message = only_error(capsys)
+    assert str(path) in message and words in message
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[:-30], lambda b: b[:200], lambda b: b"", lambda b: b"text",
+                                    lambda b: npy(np.ones((6, 4))), lambda b: None])
+def test_damaged_embeddings_file(tmp_path, capsys, damage):
+    """Cut off, empty, not an .npz, or not there."""
+    path = embeddings(tmp_path)[0]
+    content = path.read_bytes()
+    path.unlink()
+    put(tmp_path, {"emb.npz": damage(content)})
+    assert data.cli(finetune.main, ["--init", str(path)]) == 2
+    message = only_error(capsys)
+    assert f"error: {path}: " in message and "make it" in message
+
+
+# --- Amazon: the raw files ------------------------------------------------------------------------------------------
+
+REVIEWS = [{"reviewerID": f"U{u}", "asin": f"B{i}", "reviewText": f"text {u} {i}", "unixReviewTime": 100 * u + i}
+           for u in range(2) for i in range(6)]
+META = [{"asin": f"B{i}", "title": f"Thing {i}", "description": [], "imageURL": []} for i in range(6)]
+
+
+def packed(records):
+    """A .json.gz file of these records; a str is a line as it is."""
+    return gzip.compress("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in records).encode())
+
+
+def raw(folder, reviews=REVIEWS, meta=META):
+    """Puts the raw files of amazon:Tiny where data.py downloads them to."""
+    put(folder / "amazon", {"Tiny_5.json.gz": packed(reviews), "meta_Tiny.json.gz": packed(meta)})
+    return folder
+
+
+def table(path):
+    with open(path, encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_amazon_warts(tmp_path, capsys):
+    """The raw files' known defects, each once; co-purchases and ranks, which are interactions, reach no text."""
+    leaks = {"also_buy": ["leak1"], "also_view": ["leak2"], "similar_item": "leak3", "rank": "leak4 in Toys",
+             "also_bought": ["leak5"], "main_cat": "leak6", "category": ["leak7"], "salesRank": {"leak8": 1}}
+    pictures = [f"http://127.0.0.1/{n}.jpg" for n in range(5)]
+    meta = [{"asin": "B0", "title": "A <b>bold</b> &amp; <i>new<span class='x", "description": ["One<br>two", "three"],
+             "feature": ["soft"], "brand": "Acme", "imageURL": pictures[:1], "imageURLHighRes": pictures[1:2], **leaks},
+            {"asin": "B0", "title": "listed twice", "description": ["two"], **leaks},
+            {"asin": "B1", "title": "var aPageStart = (new Date()).getTime();", "description": "", "image": pictures[2:3]},
+            {"asin": "B2", "title": None, "description": "a plain string", "image": pictures[3]},
+            {"asin": "B3", "title": "Half a pair \ud83d", "description": [""], "feature": None, "imageURL": ["data:x"]},
+            {"asin": "unsold", "title": "nobody wrote about it"}]
+    reviews = [{"reviewerID": "U0", "asin": "B0", "reviewText": "later", "unixReviewTime": 9},
+               {"reviewerID": "U0", "asin": "B0", "reviewText": "earlier <br /> one", "unixReviewTime": 2},
+               {"reviewerID": "U0", "asin": "B1", "summary": "only a summary", "unixReviewTime": 1},
+               {"reviewerID": "U0", "asin": "B2", "reviewText": None, "unixReviewTime": 3},
+               {"reviewerID": "U0", "asin": "B3", "reviewText": "&#34;quoted&#34;, with a comma", "unixReviewTime": 4},
+               {"reviewerID": "U1", "asin": "gone", "reviewText": "its item has no metadata", "unixReviewTime": 0},
+               {"reviewerID": "U2", "asin": "gone", "reviewText": "this one too", "unixReviewTime": 5},
+               {"reviewerID": "U2", "asin": "B0", "reviewText": "at no known time", "unixReviewTime": None}]
+    raw(tmp_path, reviews, meta)
+    shop = data.load("amazon:Tiny", tmp_path, modalities="RTG")
+    texts = dict(zip(shop.item_ids, shop.texts))
+    assert texts["B0"] == "A bold & new One two three soft Acme"
+    assert texts["B1"] == "" and texts["B2"] == "a plain string" and texts["B3"].startswith("Half a pair")
+    assert list(texts) == ["B0", "B1", "B2", "B3"]
+    got = {(shop.user_ids[u], shop.item_ids[i]): review for u, i, review in zip(shop.users, shop.items, shop.reviews)}
+    assert got == {("U0", "B0"): "earlier one", ("U0", "B1"): "only a summary", ("U0", "B2"): "",
+                   ("U0", "B3"): '"quoted", with a comma', ("U2", "B0"): "at no known time"}
+    assert list(shop.user_ids) == ["U2", "U0"]  # U1 is gone; the oldest review first
+    folder = tmp_path / "amazon" / "Tiny"
+    assert "leak" not in (folder / "items.csv").read_text()
+    assert json.loads((folder / "image_urls.json").read_text()) == {
+        "images/B0.jpg": [pictures[1], pictures[0]], "images/B1.jpg": [pictures[2]], "images/B2.jpg": [pictures[3]]}
+    assert [bool(row["image"]) for row in table(folder / "items.csv")] == [True, True, True, False]
+    out = capsys.readouterr().out
+    assert "8 reviews, 5 items, of which 1 without metadata are dropped, with 2 reviews" in out
+    assert "1 duplicate pairs merged" in out
+
+
+def test_amazon_is_prepared_once_and_again_when_a_raw_file_changes(tmp_path, monkeypatch):
+    writes, real = [], data.write_amazon
+    monkeypatch.setattr(data, "write_amazon", lambda *args: writes.append(1) or real(*args))
+    for meta, expected in ((META, 1), (None, 1), (META[:5], 2)):
+        if meta:
+            raw(tmp_path, meta=meta)
+        shop = data.load("amazon:Tiny", tmp_path)
+        assert len(writes) == expected and shop.n_items == (6 if expected == 1 else 5)
+    for path in (tmp_path / "amazon").glob("*.gz"):
+        path.unlink()
+    assert data.load("amazon:Tiny", tmp_path).n_items == 5 and len(writes) == 2
+    assert {path.name for path in (tmp_path / "amazon").iterdir()} == {"Tiny"}
+
+
+@pytest.mark.parametrize("name, content, words", [
+    ("Tiny_5.json.gz", lambda b: b[:-20], "Tiny_5.json.gz: cut off or damaged; delete it"),
+    ("meta_Tiny.json.gz", lambda b: b[:40] + b"xxxx" + b[44:], "meta_Tiny.json.gz: cut off or damaged; delete it"),
+    ("meta_Tiny.json.gz", lambda b: b"<html>moved</html>", "meta_Tiny.json.gz: cut off or damaged; delete it"),
+    ("meta_Tiny.json.gz", lambda b: packed([*META, "{'a': 1}"]), "meta_Tiny.json.gz, row 7: not a JSON record"),
+    ("Tiny_5.json.gz", lambda b: packed([REVIEWS[0], "[1]"]), "Tiny_5.json.gz, row 2: not a JSON record"),
+    ("Tiny_5.json.gz", lambda b: packed([REVIEWS[0], {"asin": "B1"}]), "Tiny_5.json.gz, row 2: no field 'reviewerID'"),
+    ("meta_Tiny.json.gz", lambda b: packed([{"asin": "other"}]), "no item of Tiny_5.json.gz is in it"),
+])
+def test_damaged_raw_file(tmp_path, capsys, name, content, words):
+    """A raw file's defect is one line, and no half-made folder stays."""
+    path = raw(tmp_path) / "amazon" / name
+    path.write_bytes(content(path.read_bytes()))
+    assert prepare("amazon:Tiny", data_dir=tmp_path) == 2
+    assert words in only_error(capsys)
+    assert {p.name for p in (tmp_path / "amazon").iterdir()} == {"Tiny_5.json.gz", "meta_Tiny.json.gz"}
+
+
+# --- Amazon: the downloads, from a server on this machine -----------------------------------------------------------
+
+@contextlib.contextmanager
+def server(routes):
+    """Serves {path: bytes, or answer(handler)}, other paths are 404; yields (address, log of (path, Range header))."""
+    log = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            log.append((self.path, self.headers["Range"]))
+            route = routes.get(self.path)
+            with contextlib.suppress(ConnectionError):
+                if callable(route):
+                    route(self)
+                else:
+                    answer(self, route or b"no such file", 200 if route else 404)
+
+        def log_message(self, *args):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as httpd:
+        thread = threading.Thread(target=httpd.serve_forever, args=(0.01,), daemon=True)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{httpd.server_port}/", log
+        finally:
+            httpd.shutdown()
+
+
+def answer(handler, body, status=200, sent=None, **headers):
+    """One answer; sent: only so many bytes of what Content-Length promises."""
+    handler.send_response(status)
+    for name, value in {"Content-Length": len(body), **headers}.items():
+        handler.send_header(name.replace("_", "-"), str(value))
+    handler.end_headers()
+    handler.wfile.write(body[:sent])
+
+
+def cut_once(body, at, ranges):
+    """A route that closes the first connection after `at` bytes, then goes on from there or, without ranges, anew."""
+    seen = []
+
+    def route(handler):
+        start = int(re.match(r"bytes=(\d+)-$", handler.headers["Range"])[1]) if ranges and handler.headers["Range"] else 0
+        seen.append(start)
+        answer(handler, body[start:], 206 if start else 200, sent=at if len(seen) == 1 else None)
+
+    return route
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_amazon_from_nothing(tmp_path, capsys, monkeypatch, ranges):
+    """Raw files through a redirect and a cut connection, pictures of every kind; the second run asks for nothing again."""
+    monkeypatch.setattr(data.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(data.fetch_image, "__defaults__", (5000, 2))  # a cap of 5,000 bytes, two tries
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8))
+    noise.save(file := io.BytesIO(), "PNG")
+    good, big = png(colour="red", format="JPEG"), file.getvalue()
+    assert len(good) < 5000 < len(big)
+
+    def slow(handler):
+        time.sleep(0.2)
+        answer(handler, good)
+
+    pictures = {"good": good, "slow": slow, "page": b"<html>captcha</html>", "big": big, "empty": lambda h: answer(h, b""),
+                "moved": lambda h: answer(h, b"", 302, Location="/good"), "cut": cut_once(good, 300, False)}
+    wanted = [["good"], ["slow"], ["page"], ["big"], ["gone"], ["gone", "good"], ["moved"], ["cut"], ["empty"]]
+    reviews = [{"reviewerID": f"U{u}", "asin": f"B{i}", "reviewText": "x"} for u in range(3) for i in range(9)]
+    routes = {f"/{name}": route for name, route in pictures.items()}
+    with server(routes) as (url, log):
+        meta = packed([{"asin": f"B{i}", "title": f"Thing {i}", "imageURLHighRes": [url + name for name in names]}
+                       for i, names in enumerate(wanted)])
+        routes["/old/categoryFilesSmall/Tiny_5.json.gz"] = lambda h: answer(h, b"", 302, Location="/new")
+        routes["/new"] = packed(reviews)
+        routes["/old/metaFiles2/meta_Tiny.json.gz"] = cut_once(meta, 50, ranges)
+        assert prepare("amazon:Tiny", "--amazon-url", url + "old", data_dir=tmp_path) == 0  # no slash at the end
+        first, out = len(log), capsys.readouterr().out
+        assert prepare("amazon:Tiny", "--amazon-url", url + "old", data_dir=tmp_path) == 0
+        assert len(log) == first
+    assert [range for path, range in log if "meta" in path] == [None, "bytes=50-"]
+    folder = tmp_path / "amazon"
+    assert (folder / "meta_Tiny.json.gz").read_bytes() == meta and (folder / "Tiny_5.json.gz").read_bytes() == routes["/new"]
+    assert not list(tmp_path.rglob("*.part"))
+    fetched = {path.name: path.read_bytes() for path in (folder / "Tiny" / "images").glob("*.jpg")}
+    assert fetched == {f"B{i}.jpg": good for i in (0, 1, 5, 6, 7)}
+    assert "images: 5 fetched, 4 refused or no picture, 0 unreachable; their items go without" in out
+    assert "image: 256-d; 4 of 9 items have none (4 images missing or unreadable)" in out
+
+
+def test_raw_file_that_is_not_there(tmp_path, capsys):
+    with server({}) as (url, log):
+        assert prepare("amazon:Tiny", "--amazon-url", url, data_dir=tmp_path) == 2
+    message = only_error(capsys)
+    assert f"{url}categoryFilesSmall/Tiny_5.json.gz: HTTP 404" in message and len(log) == 1
+    assert "put the file at" in message and str(tmp_path / "amazon" / "Tiny_5.json.gz") in message
+
+
+@pytest.mark.parametrize("url", ["127.0.0.1:1/", "http://127.0.0.1:1/", "http://[/"])
+def test_server_that_is_not_there(tmp_path, capsys, monkeypatch, url):
+    """A malformed address or a port where nobody listens: tried a few times, then one line that says how to go on."""
+    waits = []
+    monkeypatch.setattr(data.time, "sleep", waits.append)
+    assert prepare("amazon:Tiny", "--amazon-url", url, data_dir=tmp_path) == 2
+    assert "put the file at" in only_error(capsys) and waits == sorted(waits) and len(waits) < 10
+
+
+def test_server_that_never_gets_further_is_given_up(tmp_path, capsys, monkeypatch):
+    """Every answer cut at the same place: no endless loop."""
+    monkeypatch.setattr(data.time, "sleep", lambda seconds: None)
+    route = lambda handler: answer(handler, bytes(1000), sent=100)
+    with server({"/categoryFilesSmall/Tiny_5.json.gz": route}) as (url, log):
+        assert prepare("amazon:Tiny", "--amazon-url", url, data_dir=tmp_path) == 2
+    assert "the connection was cut; run the command again" in only_error(capsys) and 2 < len(log) < 20
+
+
+def test_part_file_that_is_already_whole_or_foreign(tmp_path, monkeypatch):
+    """HTTP 416: what is here does not fit what is there, and is fetched anew."""
+    monkeypatch.setattr(data.time, "sleep", lambda seconds: None)
+    route = lambda handler: answer(handler, b"new") if not handler.headers["Range"] else answer(handler, b"", 416)
+    put(tmp_path, {"a.gz.part": "something longer"})
+    with server({"/a.gz": route}) as (url, log):
+        data.download(url + "a.gz", tmp_path / "a.gz")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.gz"] and (tmp_path / "a.gz").read_bytes() == b"new"
+
+
+def test_dead_picture_server_stops_the_asking(tmp_path, capsys):
+    """After 32 failures in a row without an answer the rest is left for another run; nothing is noted as refused."""
+    names = {f"images/{n}.jpg": [f"http://127.0.0.1:1/{n}.jpg"] for n in range(200)}
+    put(tmp_path, {"image_urls.json": json.dumps(names)})
+    data.fetch_images(tmp_path)
+    counts = re.search(r"0 fetched, 0 refused or no picture, (\d+) unreachable; gave up after 32 in a row, (\d+) not tried",
+                       capsys.readouterr().out)
+    assert 32 <= int(counts[1]) < 64 and int(counts[1]) + int(counts[2]) == 200
+    assert not list((tmp_path / "images").iterdir())
+
+
+def test_unreachable_pictures_are_asked_for_again(tmp_path, capsys, monkeypatch):
+    """A server error or a time-out is no refusal: the next run tries again, and only that."""
+    real = data.urllib.request.urlopen
+    monkeypatch.setattr(data.urllib.request, "urlopen", lambda request, timeout: real(request, timeout=0.3))
+    state = {"busy": True}
+    hangs = lambda handler: time.sleep(0.5) if state["busy"] else answer(handler, png())
+    fails = lambda handler: answer(handler, b"", 503) if state["busy"] else answer(handler, png())
+    with server({"/hangs": hangs, "/fails": fails, "/fine": png()}) as (url, log):
+        names = {f"images/{name}.jpg": [url + name] for name in ("hangs", "fails", "fine", "gone")}
+        put(tmp_path, {"image_urls.json": json.dumps(names)})
+        data.fetch_images(tmp_path)
+        assert "1 fetched, 1 refused or no picture, 2 unreachable" in capsys.readouterr().out
+        first = len(log)
+        state["busy"] = False
+        data.fetch_images(tmp_path)
+    assert sorted(path for path, _ in log[first:]) == ["/fails", "/hangs"]
+    assert "2 fetched, 0 refused or no picture, 0 unreachable" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+@pytest.mark.parametrize("what", ["raw", "picture"])
+def test_full_disk_while_downloading(tmp_path, capsys, monkeypatch, what, code):
+    """A full disk is told at once, not taken for a broken connection; no half picture stays."""
+    def full(*args, **kwargs):
+        raise OSError(code, "full")
+
+    monkeypatch.setattr(data.time, "sleep", full)
+    with server({"/categoryFilesSmall/Tiny_5.json.gz": bytes(9), "/a.png": png()}) as (url, log):
+        raw(tmp_path, meta=[META[0] | {"imageURL": [url + "a.png"]}, *META[1:]])
+        if what == "raw":
+            (tmp_path / "amazon" / "Tiny_5.json.gz").unlink()
+            monkeypatch.setattr(data.tqdm, "update", full)
+        else:
+            real = os.replace
+            monkeypatch.setattr(data.os, "replace", lambda a, b: full() if Path(b).suffix == ".jpg" else real(a, b))
+        assert prepare("amazon:Tiny", "--amazon-url", url, data_dir=tmp_path) == 2
+    assert "the disk is full" in only_error(capsys) and len(log) == 1
+    assert not list(tmp_path.glob("amazon/Tiny/images/*"))
+
+
+# --- CLIP -----------------------------------------------------------------------------------------------------------
+
+def tiny_clip(folder, custom_text=False):
+    """(name, weights file, model): a one-layer CLIP with random weights, registered with open_clip."""
+    open_clip, torch = pytest.importorskip("open_clip"), pytest.importorskip("torch")
+    name = f"tiny-{'custom-' if custom_text else ''}test"
+    config = {"embed_dim": 24, "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8},
+              "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
+              **({"custom_text": True} if custom_text else {})}
+    put(folder, {f"configs/{name}.json": json.dumps(config)})
+    open_clip.add_model_config(folder / "configs")
+    torch.manual_seed(0)
+    model = open_clip.create_model(name).eval()
+    torch.save(model.state_dict(), folder / f"{name}.pt")
+    return name, folder / f"{name}.pt", model
+
+
+def test_clip_features_are_the_towers_projections(tmp_path, monkeypatch):
+    """Text against the model's own parts by hand, pictures against encode_image; a broken-off cache is gone on with."""
+    name, weights, model = tiny_clip(tmp_path)
+    import open_clip
+    import torch
+    texts, colours = ["a red lamp", "", "word " * 200, "blue"], ["red", None, "blue", "green"]
+    put(tmp_path / "shop", {f"{c}.png": png(size=(50, 40), colour=c) for c in colours if c} |
+        {"items.csv": "item,text,image\n" + "".join(f"{n},{t},{c + '.png' if c else ''}\n"
+                                                     for n, (t, c) in enumerate(zip(texts, colours))),
+         "interactions.csv": "user,item\n" + "".join(f"u,{n}\n" for n in range(4))})
+    shop = data.load(str(tmp_path / "shop"))
+    clip = (name, str(weights))
+    made = data.features(shop, "TV", "clip", tmp_path, clip)
+    assert made["T"].shape == made["V"].shape == (4, 24)
+    some = [0, 2, 3]
+    with torch.no_grad():
+        tokens = open_clip.get_tokenizer(name)([texts[n] for n in some])                 # [3, 77]
+        x = model.transformer(model.token_embedding(tokens) + model.positional_embedding, attn_mask=model.attn_mask)
+        by_hand = model.ln_final(x)[torch.arange(3), tokens.argmax(1)] @ model.text_projection
+        transform = open_clip.image_transform(32, is_train=False, mean=model.visual.image_mean, std=model.visual.image_std)
+        pictures = torch.stack([transform(Image.open(tmp_path / "shop" / f"{colours[n]}.png")) for n in some])
+        seen = model.encode_image(pictures)
+    for modality, truth in (("T", by_hand), ("V", seen)):
+        np.testing.assert_allclose(made[modality][some], truth, rtol=1e-2, atol=2e-3)
+        assert np.isnan(made[modality][1]).all()
+    path, = tmp_path.glob("features/*-text-clip-*.npy")
+    os.truncate(path, path.stat().st_size - 50)  # the last row and a byte or two of the one before
+    path.rename(path.with_suffix(".part"))
+    np.testing.assert_allclose(data.features(shop, "T", "clip", tmp_path, clip)["T"], made["T"], atol=1e-3)
+    os.utime(weights, (1, 1))
+    data.features(shop, "T", "clip", tmp_path, clip)
+    assert len(list(tmp_path.glob("features/*-text-clip-*.npy"))) == 2  # other weights, other cache
+
+
+def test_clip_model_with_its_own_text_tower(tmp_path):
+    """open_clip keeps a custom text tower's projection elsewhere (SigLIP and others)."""
+    name, weights, model = tiny_clip(tmp_path, custom_text=True)
+    encoder = data.ClipEncoder(name, str(weights))
+    assert encoder.text(["a"]).shape == (1, encoder.text_width) and encoder.text_width == 24
+
+
+@pytest.mark.parametrize("weights", ["no-such-tag", "nowhere.pt", "empty.pt", "text.pt", None])
+def test_clip_weights_that_cannot_be_had(tmp_path, capsys, monkeypatch, weights):
+    """One line with both remedies, whatever open_clip raises, an error without a message (None) included."""
+    pytest.importorskip("open_clip")
+    monkeypatch.chdir(put(tmp_path, {"empty.pt": b"", "text.pt": "no weights"}))
+    if weights is None:
+        monkeypatch.setattr("open_clip.create_model_and_transforms", lambda *a, **k: (_ for _ in ()).throw(TimeoutError()))
+    put(tmp_path / "shop", GOOD)
+    argv = ["--data", "shop", "--encoder", "clip", "--clip-weights", weights or "openai", "--data-dir", "cache"]
+    assert data.cli(mmcpr.main, argv) == 2
+    message = only_error(capsys)
+    assert "--clip-weights FILE" in message and "--encoder tiny" in message and "connect" in message
