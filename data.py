@@ -61,14 +61,13 @@ def split(users, seed=0, valid=0.1):
     place = np.empty(len(users), np.int64)
     place[order] = np.arange(len(users)) - start[users[order]]
     part = np.where(place < count[users] // 5, TEST, TRAIN).astype(np.int8)
-    part[hold_out(users, part, place, valid, rng)] = VALID
+    part[hold_out(part, place == count[users] - 1, valid, rng)] = VALID
     return part
 
 
-def hold_out(users, part, place, valid, rng):
-    """Indices of the training interactions that become validation; each user's last place stays in training."""
-    last = place == np.bincount(users)[users] - 1
-    free = np.flatnonzero((part == TRAIN) & ~last)
+def hold_out(part, stays, valid, rng):
+    """Indices of the training interactions that become validation; `stays`, bool [n], one of each user's, cannot."""
+    free = np.flatnonzero((part == TRAIN) & ~stays)
     return rng.choice(free, min(round(valid * np.sum(part == TRAIN)), len(free)), replace=False)
 
 
@@ -91,13 +90,9 @@ def split_dataset(dataset, seed=0, valid=0.1):
         if valid == 0:
             part[part == VALID] = TRAIN
         elif not np.any(part == VALID):
-            rng = np.random.default_rng(seed)
             train = np.flatnonzero(part == TRAIN)
-            place = np.full(len(users), -1)
-            order = train[np.lexsort((rng.random(len(train)), users[train]))]
-            last = np.append(users[order][1:] != users[order][:-1], True)
-            place[order[last]] = np.bincount(users)[users[order[last]]] - 1
-            part[hold_out(users, part, place, valid, rng)] = VALID
+            stays = np.isin(np.arange(len(users)), train[np.unique(users[train], return_index=True)[1]])
+            part[hold_out(part, stays, valid, np.random.default_rng(seed))] = VALID
     train, held, test = (
         sp.csr_matrix((np.ones(np.sum(part == p), np.float32), (users[part == p], items[part == p])),
                       shape=(dataset.n_users, dataset.n_items)) for p in (TRAIN, VALID, TEST))
@@ -375,7 +370,8 @@ def check_features(path, rows):
     except (ValueError, EOFError, OSError) as error:
         reason = " ".join(str(error).split())[:90]
         raise InputError(f"{path}: not a readable .npy array ({reason}); save it again with numpy.save") from None
-    if not isinstance(array, np.ndarray) or array.ndim != 2 or not array.shape[1] or array.dtype not in (np.float16, np.float32, np.float64):
+    if not isinstance(array, np.ndarray) or array.ndim != 2 or not array.shape[1] or \
+            array.dtype not in (np.float16, np.float32, np.float64):
         raise InputError(f"{path}: {getattr(array, 'dtype', type(array).__name__)} {getattr(array, 'shape', '')}; a feature "
                          "file is a 2-d array of float16, float32 or float64")
     if len(array) != rows:

@@ -103,7 +103,7 @@ def hop_mixing(layers, users, candidates):
 
 
 def mixgcf_loss(layers, users, positives, candidates, alpha, l2=1e-4):
-    """BPR against one mixed negative plus l2 on layer 0: a scalar. users, positives [B], candidates [B, M]: rows of the layers.
+    """BPR against one mixed negative plus l2 on layer 0, a scalar; users, positives [B], candidates [B, M] are rows of the layers.
 
     Positive mixing: per layer l, e'^(l) = alpha_l e_+^(l) + (1 - alpha_l) e_m^(l), alpha [L+1, B]; hop mixing picks m; the
     negative is the mean over layers. Gradients reach the positive and the picked candidates, not the choice.
@@ -113,7 +113,9 @@ def mixgcf_loss(layers, users, positives, candidates, alpha, l2=1e-4):
     u, p, n = [], [], []
     for layer, rows, a in zip(layers, picked, alpha[:, :, None]):
         e_u, e_p, e_m = layer[torch.cat([users, positives, rows])].chunk(3)               # [B, d] each
-        u.append(e_u), p.append(e_p), n.append(a * e_p + (1 - a) * e_m)
+        u.append(e_u)
+        p.append(e_p)
+        n.append(a * e_p + (1 - a) * e_m)
     mean = lambda parts: sum(parts) / len(parts)
     score = lambda other: (mean(u) * mean(other)).sum(1)                                  # [B]
     bpr = F.softplus(score(n) - score(p)).mean()
@@ -341,8 +343,8 @@ def main(argv=None):
             break
     print_results(results, args.init)
     if results[-1]["interrupted"]:
-        raise data.InputError(f"interrupted in seed {seed} at epoch {result['epochs_run']}; tested is its best epoch so "
-                              f"far, {result['epoch']}")
+        raise data.InputError(f"interrupted in seed {seed} at epoch {result['epochs_run']}; its best epoch so far, "
+                              f"{result['epoch']}, was tested")
     if args.init == "random":
         print("next: python mmcpr.py" + (f" --data {args.data}" if args.data else "") + ", then python finetune.py --init emb.npz")
     else:

@@ -209,10 +209,10 @@ class FullBlockBCE(torch.autograd.Function):
 class MMCPR(nn.Module):
     """Both towers and the optional bias of the score; features: {"R": per user, "T", "V": per item}."""
 
-    def __init__(self, train, features, modalities="RTVG", dim=64, n_layers=2, norm="row", bias="none"):
+    def __init__(self, train, features, modalities="RTVG", dim=64, n_layers=2, norm="row", bias="none", device="cpu"):
         super().__init__()
         n_users, n_items = train.shape
-        graph = lambda R: CoInteractionGraph(R, norm) if "G" in modalities else None
+        graph = lambda R: CoInteractionGraph(R, norm, device) if "G" in modalities else None
         self.users = Tower(n_users, {m: features[m] for m in "R" if m in features}, graph(train), dim, n_layers)
         self.items = Tower(n_items, {m: features[m] for m in "TV" if m in features}, graph(train.T.tocsr()), dim, n_layers)
         density = train.nnz / n_users / n_items
@@ -222,6 +222,7 @@ class MMCPR(nn.Module):
         else:
             self.bias = nn.Parameter(start)
         self.n_items, self.has_pair = n_items, {"T", "V"} <= set(self.items.modalities)
+        self.to(device)
 
     def paired(self):
         """Items that have both text and image, int64: the ones that take part in CIMA."""
@@ -283,7 +284,7 @@ def pretrain(parts, features, args, device="cpu"):
     """
     torch.manual_seed(args.seed)
     train, started = parts.train, time.time()
-    model = MMCPR(train, features, args.modalities, args.dim, args.layers, args.norm, args.bias).to(device)
+    model = MMCPR(train, features, args.modalities, args.dim, args.layers, args.norm, args.bias, device)
     for side, tower in (("user", model.users), ("item", model.items)):
         if tower.graph:
             print(f"{side} graph: {tower.graph.n_edges:,} entries, " + ("kept as it is" if tower.graph.R is None else
@@ -294,9 +295,10 @@ def pretrain(parts, features, args, device="cpu"):
     paired = paired[torch.randperm(len(paired)).to(device)]
     held = paired[:len(paired) // 10] if args.lam == 1 else paired[:0]
     paired = paired[len(held):]
+    if args.lam == 1 and len(held) < 2:
+        raise data.InputError(f"--lam 1 trains CIMA alone, but only {len(held) + len(paired)} items have both a text and an "
+                              "image; 20 are needed")
     if args.lam > 0 and len(paired) < 2:
-        if args.lam == 1:
-            raise data.InputError("--lam 1 trains CIMA alone, but fewer than two items have both a text and an image")
         print("no two items have both text and image: CIMA is left out")
     positives = batch * train.nnz / n_users  # the mean number in a block: what L2 is divided by
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
@@ -345,7 +347,8 @@ def pretrain(parts, features, args, device="cpu"):
     bar.close()
     model.load_state_dict(state)
     user, item, attention = model.embed()
-    report = {"epoch": best["epoch"], "epochs_run": epoch, "interrupted": interrupted, "seconds": time.time() - started,
+    report = {"epoch": best["epoch"], "epochs_run": epoch, "interrupted": interrupted,
+              "seconds": round(time.time() - started, 1),
               "losses": {"cima": best["cima"], "bce": best["bce"]}, "attention": attention,
               "alignment": alignment(model, held if len(held) else paired) | {"held_out": len(held) > 0}, "popularity_loss": plateau,
               "valid": {"recall@20": metrics.evaluate(user, item, parts.train, parts.valid, (20,))["recall@20"]
@@ -371,8 +374,9 @@ def print_report(report):
               "none: this side has no modality, each node has a row of its own"))
     if "pairs" in report["alignment"]:
         a = report["alignment"]
-        print(f"text to image: R@10 {a['text_to_image_recall@10']:.3f} among {a['pairs']:,} {'held-out' if a['held_out'] else 'training'} "
-              f"pairs; mean cosine of true pairs {a['cosine_true']:.3f}, of false pairs {a['cosine_false']:.3f}")
+        kind = "held-out" if a["held_out"] else "training"
+        print(f"text to image: R@10 {a['text_to_image_recall@10']:.3f} among {a['pairs']:,} {kind} pairs; mean cosine of true "
+              f"pairs {a['cosine_true']:.3f}, of false pairs {a['cosine_false']:.3f}")
     if report["valid"]["recall@20"] is not None:
         print(f"validation Recall@20 of the tables themselves {report['valid']['recall@20']:.4f}")
     print("RMS of the entries: " + ", ".join(f"{k} {v:.3f}" for k, v in report["rms"].items()))

@@ -476,6 +476,14 @@ def test_any_subset_of_modalities(trained, subset):
     assert np.isfinite(arrays["user"]).all()
 
 
+def test_lambda_one_needs_pairs_to_hold_out(trained, capsys):
+    pairs = np.load("shop/item_text.npy")
+    pairs[10:] = np.nan
+    np.save("shop/item_text.npy", pairs)
+    assert run(mmcpr.main, "--data", "shop", *QUICK, "--lam", 1) == 2
+    assert "only 7 items have both" in capsys.readouterr().err
+
+
 def test_lambda_one_trains_the_alignment_alone(trained):
     """Table 3's w/o BCE: users stay as initialised, and held-out items' CIMA loss chooses the epoch."""
     assert run(mmcpr.main, "--data", "shop", *QUICK, "--lam", 1, "--out", "e.npz") == 0
