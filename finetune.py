@@ -82,24 +82,30 @@ class NegativeSampler:
         return drawn.view(-1, m)
 
 
+def candidate_scores(q, table, candidates):
+    """q . e at each candidate: q [B, d], table [n, d], candidates int64 [B, M] -> [B, M].
+
+    On a CPU one sampled product, q times the table's transpose at the candidates' places only: no [B, M, d] is gathered. It
+    takes no more places than there are entries, so a table of fewer than M rows is gathered from, as is any on a GPU.
+    """
+    B, M = candidates.shape
+    if q.is_cuda or len(table) < M:
+        return (table[candidates] @ q[:, :, None])[:, :, 0]
+    at = torch.arange(0, B * M + 1, M, dtype=torch.int32)
+    places = torch.sparse_csr_tensor(at, candidates.flatten().int(), q.new_zeros(B * M), (B, len(table)), check_invariants=False)
+    return torch.sparse.sampled_addmm(places, q, table.T, beta=0).values().view(B, M)
+
+
 def hop_mixing(layers, users, candidates):
     """Per layer the candidate with the largest score q . e^(l), q the user's pooled vector: rows, int64 [L+1, B].
 
     layers: L+1 tables [n, d]; users int64 [B] and candidates int64 [B, M] are rows of them. MixGCF takes the arg-max over
     the *mixed* candidates alpha p + (1 - alpha) n; alpha is shared by the M candidates and 1 - alpha > 0, so that is the
-    arg-max over q . n, and nothing needs to be mixed but the winners. The M scores are one sampled product: q times the
-    table's transpose at the candidates' places only, so that no [B, M, d] is gathered.
+    arg-max over q . n, and nothing needs to be mixed but the winners.
     """
-    B, M = candidates.shape
     q = torch.stack([layer[users] for layer in layers]).mean(0)                           # [B, d]
-    at = torch.arange(0, B * M + 1, M, dtype=torch.int32, device=q.device)
-    winners = []
-    for layer in layers:
-        places = torch.sparse_csr_tensor(at, candidates.flatten().int(), q.new_zeros(B * M), (B, len(layer)),
-                                         check_invariants=False)
-        score = torch.sparse.sampled_addmm(places, q, layer.T, beta=0).values().view(B, M)
-        winners.append(candidates.gather(1, score.argmax(1, keepdim=True))[:, 0])
-    return torch.stack(winners)
+    best = lambda layer: candidate_scores(q, layer, candidates).argmax(1, keepdim=True)
+    return torch.stack([candidates.gather(1, best(layer))[:, 0] for layer in layers])
 
 
 def mixgcf_loss(layers, users, positives, candidates, alpha, l2=1e-4):

@@ -333,12 +333,13 @@ def mixgcf_by_loop(layers, users, positives, candidates, alpha, l2):
     return total / len(users) + l2 / (2 * len(users)) * penalty
 
 
-def test_mixgcf_against_the_loop():
-    """Value and gradient: the arg-max over unmixed candidates and the sampled product change nothing."""
+@pytest.mark.parametrize("M", [1, 5, 30])
+def test_mixgcf_against_the_loop(M):
+    """Value and gradient: the arg-max over unmixed candidates and the sampled product change nothing; M above n too."""
     rng = np.random.default_rng(13)
     layers = [torch.from_numpy(rng.normal(size=(20, 6))).requires_grad_() for _ in range(4)]
     users, positives = torch.from_numpy(rng.integers(8, size=9)), torch.from_numpy(rng.integers(8, 20, size=9))
-    candidates, alpha = torch.from_numpy(rng.integers(8, 20, size=(9, 5))), torch.from_numpy(rng.random((4, 9)))
+    candidates, alpha = torch.from_numpy(rng.integers(8, 20, size=(9, M))), torch.from_numpy(rng.random((4, 9)))
     fast = finetune.mixgcf_loss(layers, users, positives, candidates, alpha, 0.3)
     slow = mixgcf_by_loop(layers, users, positives, candidates, alpha, 0.3)
     torch.testing.assert_close(fast, slow)
