@@ -91,8 +91,10 @@ def split_dataset(dataset, seed=0, valid=0.1):
             part[part == VALID] = TRAIN
         elif not np.any(part == VALID):
             train = np.flatnonzero(part == TRAIN)
+            rng = np.random.default_rng(seed)
+            train = rng.permutation(np.flatnonzero(part == TRAIN))
             stays = np.isin(np.arange(len(users)), train[np.unique(users[train], return_index=True)[1]])
-            part[hold_out(part, stays, valid, np.random.default_rng(seed))] = VALID
+            part[hold_out(part, stays, valid, rng)] = VALID
     train, held, test = (
         sp.csr_matrix((np.ones(np.sum(part == p), np.float32), (users[part == p], items[part == p])),
                       shape=(dataset.n_users, dataset.n_items)) for p in (TRAIN, VALID, TEST))
@@ -219,7 +221,7 @@ def read_csv(path, required, optional=(), delimiter=",", skip=()):
                                      f"; the columns are {', '.join(header)}"))
             if len(set(header)) < len(header):
                 raise InputError(f"{path}, row 1: a column name occurs twice in {', '.join(header)}; remove one")
-            for name in set(header) - set(known):
+            for name in (name for name in header if name not in known):
                 near = difflib.get_close_matches(name, [c for c in known if c not in header], 1, 0.7)
                 if near:
                     raise InputError(f"{path}, row 1: unknown column '{name}'; did you mean '{near[0]}'?")
@@ -306,13 +308,10 @@ def read_mmrec(path):
     columns = read_csv(path, ("userID", "itemID", "x_label"), delimiter="\t")
     numbers = {}
     for name, values in columns.items():
-        try:
-            numbers[name] = np.array([int(value) for value in values], np.int32)
-            if numbers[name].min() < 0:
-                raise ValueError
-        except (ValueError, OverflowError):
-            bad = next(i for i, value in enumerate(values) if not value.isascii() or not value.isdigit() or int(value) >> 31)
-            raise InputError(f"{path}: data row {bad + 1}: {name} '{values[bad]}' is not a whole number from 0 up") from None
+        bad = next((i for i, value in enumerate(values) if not re.fullmatch("[0-9]{1,7}", value)), None)
+        if bad is not None:
+            raise InputError(f"{path}: data row {bad + 1}: {name} '{values[bad]}' is not a whole number from 0 to 9,999,999")
+        numbers[name] = np.array(list(map(int, values)))
     labels = numbers["x_label"]
     if labels.max() > TEST:
         bad = int(np.argmax(labels > TEST))
@@ -322,7 +321,7 @@ def read_mmrec(path):
     ready = {modality: (path.parent / file, n_items) for modality, file in (("T", "text_feat.npy"), ("V", "image_feat.npy"))
              if (path.parent / file).exists()}
     return assemble(Dataset(path.stem, path.parent, user_ids.astype(str), np.arange(n_items).astype(str), users,
-                            numbers["itemID"].astype(np.int64), labels.astype(np.int8), ready=ready))
+                            numbers["itemID"], labels.astype(np.int8), ready=ready))
 
 
 def assemble(dataset):
@@ -404,6 +403,8 @@ def features(dataset, modalities, encoder="auto", data_dir=Path("data"), clip=("
             chosen = ("tiny" if dataset.name == "demo" else "clip") if encoder == "auto" else encoder
             made[modality] = extract(dataset, what, contents, chosen, clip, data_dir)
         else:
+            print(f"{what}: none in this data" + (f" for --encoder {encoder} (ready features need --encoder auto)"
+                                                  if modality in dataset.ready else ""), flush=True)
             continue
         kind = "interactions" if modality == "R" else "items"
         missing = np.isnan(made[modality][:, 0])
@@ -491,7 +492,10 @@ def load(data, data_dir=Path("data"), modalities="RTVG", min_count=0, sample=0, 
 
 
 def make_folder(folder, key, write):
-    """`folder`, written by write(temporary folder) unless it is there already with this key; whole or not at all."""
+    """`folder`, written by write(temporary folder) unless it is there already with this key.
+
+    It is whole once source.json, which holds the key, is there; pictures fetched for an earlier version stay.
+    """
     source = folder / "source.json"
     if source.exists() and json.loads(source.read_text()) == key:
         return folder
@@ -500,16 +504,9 @@ def make_folder(folder, key, write):
         temporary = Path(name) / folder.name
         temporary.mkdir()
         write(temporary)
-        (temporary / "source.json").write_text(json.dumps(key))
-        if (folder / "images").is_dir() and not (temporary / "images").exists():
-            (folder / "images").rename(temporary / "images")  # pictures fetched for an earlier version stay
-        if folder.exists():
-            shutil.rmtree(folder)
-        try:
-            temporary.rename(folder)
-        except OSError as error:  # another process was first
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                raise
+        source.unlink(missing_ok=True)  # what follows is whole once it is back
+        shutil.copytree(temporary, folder, copy_function=os.replace, dirs_exist_ok=True)  # fetched pictures stay
+        replace_file(source, lambda file: json.dump(key, file), "w")
     return folder
 
 
@@ -847,7 +844,8 @@ def open_image(file, size=None):
                 image = image.convert("RGBA")
                 return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
             return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, EOFError, IndexError, Image.DecompressionBombError, MemoryError, zlib.error):
+    except (OSError, SyntaxError, ValueError, EOFError, IndexError, Image.DecompressionBombError, MemoryError, RuntimeError,
+            zlib.error):
         return None  # Pillow raises each of these on some damaged file
 
 
@@ -886,7 +884,10 @@ class ClipEncoder:
         logging.disable(logging.ERROR)
         print(f"loading CLIP {model}, weights {weights} (downloaded once by open_clip)", flush=True)
         try:
+            if not weights:
+                raise ValueError("no weights named")  # open_clip would draw them at random
             self.model, _, self.preprocess = open_clip.create_model_and_transforms(model, pretrained=weights)
+            self.tokenizer = open_clip.get_tokenizer(model)  # SigLIP's is a download of its own
         except Exception as error:  # open_clip raises what its hub client, torch.load or urllib raise
             reason = " ".join(str(error).split())[:90] or type(error).__name__
             raise InputError(f"CLIP {model} with weights '{weights}' cannot be loaded ({reason}): "
@@ -894,7 +895,7 @@ class ClipEncoder:
                              "--encoder tiny, which needs none") from None
         finally:
             logging.disable(logging.NOTSET)
-        self.torch, self.tokenizer = torch, open_clip.get_tokenizer(model)
+        self.torch = torch
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model.eval().to(self.device)
         self.text_width = self.image_width = self.text([""]).shape[1]
@@ -928,7 +929,10 @@ def extract(dataset, what, contents, encoder, clip, data_dir, chunk=256):
             digest.update(f"{stat.st_size} {stat.st_mtime_ns}".encode())
     path = data_dir / "features" / f"{dataset.name.replace(os.sep, '_')}-{what}-{encoder}-{digest.hexdigest()[:16]}.npy"
     if path.exists():
-        return np.load(path, mmap_mode="r", allow_pickle=False)
+        try:
+            return np.load(path, mmap_mode="r", allow_pickle=False)
+        except (ValueError, EOFError):
+            raise InputError(f"{path}: cut off or damaged; delete it and run the command again") from None
     path.parent.mkdir(parents=True, exist_ok=True)
     model = TinyEncoder() if encoder == "tiny" else ClipEncoder(*clip)
     width = model.image_width if what == "image" else model.text_width
@@ -978,7 +982,10 @@ def replace_file(path, write, mode="wb"):
 
 def check_outputs(*paths):
     """InputError, before anything is computed, where an output (None: not asked for) could not be written at the end."""
-    for path in filter(None, paths):
+    paths = [path for path in paths if path is not None]
+    for path in paths:
+        if not path or [os.path.abspath(other) for other in paths].count(os.path.abspath(path)) > 1:
+            raise InputError(f"an output path is empty or given twice ('{path}'); choose another output path")
         try:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -1023,8 +1030,8 @@ def load_embeddings(path):
 def non_negative(text):
     """argparse type: a whole number from 0 up."""
     value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError("must be 0 or more")
+    if not 0 <= value < 1 << 63:
+        raise argparse.ArgumentTypeError("must be 0 or more, and below 2^63")
     return value
 
 
@@ -1097,6 +1104,10 @@ def cli(main, argv=None):
             message = f"{error.filename}: {error.strerror}"
         else:
             raise
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not re.search("out of memory|allocate memory", str(error)):
+            raise
+        message = "not enough memory; lower --batch or --dim"
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     return 2
 

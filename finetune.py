@@ -169,7 +169,7 @@ class Patience:
     def over(self, value):
         self.seen += 1
         if self.seen <= self.limit and value < self.lowest:
-            self.lowest = self.highest = value
+            self.lowest, self.highest, self.waited = value, value, 0
         elif value > self.highest:
             self.highest, self.waited = value, 0
         else:
@@ -193,7 +193,7 @@ def finetune(parts, init, args, seed, device="cpu"):
     patience = Patience(args.patience)
     best, history, interrupted = {"epoch": -1, "value": -np.inf}, [], False
     with_valid = parts.valid.nnz > 0
-    bar = tqdm(range(args.epochs + 1), desc=f"fine-tuning, seed {seed}", unit="epoch", initial=0)
+    bar = tqdm(range(args.epochs + 1), desc=f"fine-tuning, seed {seed}", unit="epoch")
     try:
         for epoch in bar:
             total = torch.zeros((), device=device)
@@ -214,7 +214,7 @@ def finetune(parts, init, args, seed, device="cpu"):
             value = epoch
             if with_valid:
                 value = metrics.evaluate(*model.embed(), train, parts.valid, KS[:1])["recall@20"]
-                history.append({"epoch": epoch, "recall@20": value, "loss": total.item() / len(users)})
+                history.append({"epoch": epoch, "recall@20": value, "loss": total.item() / len(users) if epoch else None})
             if value > best["value"]:
                 best = {"epoch": epoch, "value": value, "tables": [table.clone() for table in model.embed()]}
             if with_valid:
@@ -227,6 +227,8 @@ def finetune(parts, init, args, seed, device="cpu"):
         interrupted = True
     bar.close()
     user, item = best["tables"]
+    if not torch.isfinite(user.square().sum() + item.square().sum()):
+        raise data.InputError(f"the tables are not finite at epoch {best['epoch']}; lower --lr (now {args.lr}) or --scale")
     result = {"seed": seed, "epoch": best["epoch"], "epochs_run": epoch, "seconds": round(time.time() - started, 1),
               "interrupted": interrupted,
               "valid": metrics.evaluate(user, item, train, parts.valid, KS) if with_valid else {},
@@ -318,8 +320,8 @@ def arguments():
 
 def main(argv=None):
     args = arguments().parse_args(argv)
-    if args.lr <= 0 or args.l2 < 0:
-        raise data.InputError("--lr must be above 0, --l2 at least 0")
+    if not (0 < args.lr < np.inf and 0 <= args.l2 < np.inf):
+        raise data.InputError("--lr must be above 0, --l2 at least 0, both finite")
     data.check_outputs(args.metrics, args.out, args.recommend)
     arrays, known = read_init(args.init, args)
     args.dim = args.dim or 64
@@ -351,12 +353,12 @@ def main(argv=None):
     if results[-1]["interrupted"]:
         raise data.InputError(f"interrupted in seed {seed} at epoch {result['epochs_run']}; its best epoch so far, "
                               f"{result['epoch']}, was tested")
-    if args.init == "random":
-        print("next: python mmcpr.py" + (f" --data {args.data}" if args.data else "") + ", then python finetune.py --init emb.npz")
-    else:
-        default = {**data.DATA_DEFAULTS, "data_dir": os.path.abspath(data.DATA_DEFAULTS["data_dir"])}
-        same = [f" --{name.replace('_', '-')} {value}" for name, value in source.items() if value != default[name]]
-        print(f"next: python finetune.py --init random{''.join(same)}, the start to compare with")
+    for path in filter(None, (args.metrics, args.out, args.recommend)):
+        print(f"wrote {path}")
+    default = {**data.DATA_DEFAULTS, "data_dir": os.path.abspath(data.DATA_DEFAULTS["data_dir"])}
+    same = "".join(f" --{name.replace('_', '-')} {value}" for name, value in source.items() if value != default[name])
+    print(f"next: python mmcpr.py{same}, then python finetune.py --init emb.npz" if args.init == "random" else
+          f"next: python finetune.py --init random{same}, the start to compare with")
 
 
 if __name__ == "__main__":

@@ -267,8 +267,11 @@ def alignment(model, items, k=10, chunk=1024):
     projected = model.items(items)[2]
     text, image = F.normalize(projected[:, 0], dim=1), F.normalize(projected[:, 1], dim=1)
     true = (text * image).sum(1)
-    rank = torch.cat([(t @ image.T > s[:, None]).sum(1) for t, s in zip(text.split(chunk), true.split(chunk))])
-    n = len(items)
+    n, rank = len(items), []
+    for lo in range(0, n, chunk):
+        s = text[lo:lo + chunk] @ image.T                                                 # [c, n]
+        rank.append((s >= s.diagonal(lo)[:, None]).sum(1) - 1)  # ties count against it: collapsed towers find nothing
+    rank = torch.cat(rank)
     false = (text.double().sum(0) @ image.double().sum(0) - true.double().sum()) / (n * (n - 1))
     return {f"text_to_image_recall@{k}": (rank < k).double().mean().item(), "cosine_true": true.mean().item(),
             "cosine_false": false.item(), "pairs": n}
@@ -278,9 +281,9 @@ def pretrain(parts, features, args, device="cpu"):
     """Trains MMCPR on parts.train; returns (user, item, report) of the epoch with the best validation Recall@20.
 
     An epoch is one pass over the users in blocks of `args.batch`. Patience counts epochs without a new best, and starts
-    once L2 is below what scoring every item at its own log-odds would give (`popularity_loss`): until then it sits on a
+    once L2 is 2 % below what scoring every item at its own log-odds would give (`popularity_loss`): until then it sits on a
     plateau where all it learns is how popular items are. With --lam 1 users stay as they were drawn, so the CIMA loss of
-    held-out items chooses the epoch instead. With --valid 0 the last of args.epochs is taken.
+    held-out items chooses the epoch instead; else, with --valid 0, the last of args.epochs is taken.
     """
     torch.manual_seed(args.seed)
     train, started = parts.train, time.time()
@@ -304,7 +307,7 @@ def pretrain(parts, features, args, device="cpu"):
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
     plateau = popularity_loss(train)
     best, history, state = {"epoch": -1, "value": -np.inf}, [], None
-    passed = interrupted = False
+    passed, interrupted = 0, False  # passed: the epoch at which the plateau was left
     bar = tqdm(range(1, args.epochs + 1), desc="pre-training", unit="epoch")
     try:
         for epoch in bar:
@@ -316,13 +319,13 @@ def pretrain(parts, features, args, device="cpu"):
                 loss.backward()
                 optimizer.step()
                 sums, steps = sums + torch.stack([l1.detach(), l2.detach()]), steps + 1
-            l1, l2 = (sums / steps).tolist()
+            l1, l2 = sums[0].item() / steps, sums[1].item() * batch / n_users  # the last block may be smaller
             if not np.isfinite(l1 + l2):
                 raise data.InputError(f"the loss is not finite at epoch {epoch}; lower --lr (now {args.lr})")
             if epoch % args.eval_every and epoch < args.epochs:
                 continue
             point = {"epoch": epoch, "cima": l1, "bce": l2}
-            passed = passed or l2 < 0.98 * plateau
+            passed = passed or (epoch if l2 < 0.98 * plateau else 0)
             if args.lam == 1:
                 with torch.no_grad():
                     projected = model.items(held)[2]
@@ -338,7 +341,7 @@ def pretrain(parts, features, args, device="cpu"):
                 state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
                 best = {"value": value, **point}
             bar.set_postfix({k: f"{v:.4f}" for k, v in point.items() if k != "epoch"})
-            if passed and epoch - best["epoch"] >= args.patience:
+            if passed and epoch - max(best["epoch"], passed) >= args.patience:
                 break
     except KeyboardInterrupt:
         if state is None:
@@ -347,6 +350,8 @@ def pretrain(parts, features, args, device="cpu"):
     bar.close()
     model.load_state_dict(state)
     user, item, attention = model.embed()
+    if not torch.isfinite(user.square().sum() + item.square().sum()):
+        raise data.InputError(f"the tables are not finite at epoch {best['epoch']}; lower --lr (now {args.lr})")
     report = {"epoch": best["epoch"], "epochs_run": epoch, "interrupted": interrupted,
               "seconds": round(time.time() - started, 1),
               "losses": {"cima": best["cima"], "bce": best["bce"]}, "attention": attention,
@@ -424,8 +429,10 @@ def arguments():
 
 def main(argv=None):
     args = arguments().parse_args(argv)
-    if args.tau <= 0 or args.lr <= 0:
-        raise data.InputError("--tau and --lr must be above 0")
+    if not (0 < args.tau < np.inf and 0 < args.lr < np.inf):
+        raise data.InputError("--tau and --lr must be above 0 and finite")
+    if args.lam > 0 and args.batch < 2:
+        raise data.InputError("--batch must be at least 2 for CIMA; or pass --lam 0")
     data.check_outputs(args.out)
     dataset, parts, source = data.open_data(args, modalities=args.modalities)
     features = data.features(dataset, args.modalities, args.encoder, Path(source["data_dir"]),
