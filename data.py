@@ -296,6 +296,10 @@ def read_folder(folder, contents=True):
             if (folder / file).exists():
                 ready[modality] = (folder / file, len(item_ids))
     else:
+        stray = next((file for file in ("item_text.npy", "item_image.npy") if (folder / file).exists()), None)
+        if stray:
+            raise InputError(f"{folder / stray}: its rows are those of items.csv, which is not there; add it (column: item)")
+        print(f"{folder.name}: no items.csv: no descriptions, no images")
         item_ids, items = index_of(columns["item"])
     if (folder / "review.npy").exists():
         ready["R"] = (folder / "review.npy", len(rows))
@@ -990,8 +994,12 @@ def check_outputs(*paths):
             Path(path).parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"{path}: its folder cannot be made ({error.strerror}); choose another output path") from None
-        if os.path.isdir(path) or not os.access(Path(path).parent, os.W_OK):
-            raise InputError(f"{path}: is a folder, or lies in one that cannot be written; choose another output path")
+        try:
+            if os.path.isdir(path):
+                raise OSError
+            tempfile.TemporaryFile(dir=Path(path).parent).close()
+        except OSError:
+            raise InputError(f"{path}: is a folder, or lies in one that cannot be written; choose another output path") from None
 
 
 def save_embeddings(path, dataset, parts, user, item, meta):
@@ -1025,6 +1033,13 @@ def load_embeddings(path):
             raise InputError(f"{path}: '{side}' is {table.dtype} {table.shape} for {len(ids)} ids, or not finite; make it again "
                              "with python mmcpr.py")
     return arrays
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """--help with each flag's default, unless its text names it already or there is none."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None or "default" in (action.help or "") else super()._get_help_string(action)
 
 
 def non_negative(text):

@@ -295,7 +295,7 @@ def print_results(results, init):
 
 def arguments():
     parser = argparse.ArgumentParser(description="Train LightGCN with MixGCF from any initialiser; print the test metrics.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                                     formatter_class=data.Help)
     parser.add_argument("--init", default="random", help="random, or an emb.npz")
     parser.add_argument("--scale", type=scale, default="asis", help="RMS of the initial tables: asis, xavier, or a number")
     parser.add_argument("--missing-side", choices=("random", "mean"), default="random",

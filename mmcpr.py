@@ -375,7 +375,7 @@ def print_report(report):
     print(f"epoch {report['epoch']} of {report['epochs_run']} in {report['seconds']:.0f} s: "
           f"CIMA (L1/N) {l1:.4f}, BCE (L2 per positive) {l2:.4f} (popularity alone: {report['popularity_loss']:.4f})")
     for side, weights in report["attention"].items():
-        print(f"mean attention, {side}s: " + (", ".join(f"{m} {w:.3f}" for m, w in weights.items()) or
+        print(f"mean attention where present, {side}s: " + (", ".join(f"{m} {w:.3f}" for m, w in weights.items()) or
               "none: this side has no modality, each node has a row of its own"))
     if "pairs" in report["alignment"]:
         a = report["alignment"]
@@ -404,7 +404,7 @@ def device_name(text):
 
 def arguments():
     parser = argparse.ArgumentParser(description="Pre-train MMCPR and write the embeddings to hand over.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                                     formatter_class=data.Help)
     parser.add_argument("--out", default="emb.npz", help="where the embeddings go")
     parser.add_argument("--modalities", type=modalities, default="RTVG", help="subset of R, T, V, G (Figure 3)")
     parser.add_argument("--lam", type=data.fraction, default=0.2, help="weight of CIMA; 0 drops it, 1 drops BCE (Eq. 16)")

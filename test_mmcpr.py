@@ -888,6 +888,20 @@ def test_folder_may_be_called_like_a_built_in_set(tmp_path, capsys, monkeypatch)
     assert "demo: 40 users, 30 items" in capsys.readouterr().out
 
 
+def test_item_features_need_their_catalogue(tmp_path, capsys):
+    put(tmp_path / "shop", GOOD | {"items.csv": None, "item_text.npy": np.ones((6, 2), np.float32)})
+    assert prepare(tmp_path / "shop") == 2
+    assert "item_text.npy: its rows are those of items.csv" in only_error(capsys)
+
+
+@pytest.mark.parametrize("main", [mmcpr.main, finetune.main, data.main])
+def test_help_names_each_default_once(main, capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "default: None" not in text and not re.search(r"default: [^)]*\) \(default", text)
+
+
 # --- Images ---------------------------------------------------------------------------------------------------------
 
 def test_unreadable_images_are_nan_rows_and_counted(tmp_path, capsys):
