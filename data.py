@@ -90,7 +90,6 @@ def split_dataset(dataset, seed=0, valid=0.1):
         if valid == 0:
             part[part == VALID] = TRAIN
         elif not np.any(part == VALID):
-            train = np.flatnonzero(part == TRAIN)
             rng = np.random.default_rng(seed)
             train = rng.permutation(np.flatnonzero(part == TRAIN))
             stays = np.isin(np.arange(len(users)), train[np.unique(users[train], return_index=True)[1]])

@@ -355,7 +355,8 @@ def pretrain(parts, features, args, device="cpu"):
     report = {"epoch": best["epoch"], "epochs_run": epoch, "interrupted": interrupted,
               "seconds": round(time.time() - started, 1),
               "losses": {"cima": best["cima"], "bce": best["bce"]}, "attention": attention,
-              "alignment": alignment(model, held if len(held) else paired) | {"held_out": len(held) > 0}, "popularity_loss": plateau,
+              "alignment": alignment(model, held if len(held) else paired) | {"held_out": len(held) > 0},
+              "popularity_loss": plateau,
               "valid": {"recall@20": metrics.evaluate(user, item, parts.train, parts.valid, (20,))["recall@20"]
                         if parts.valid.nnz else None},
               "rms": {"user": user.square().mean().sqrt().item(), "item": item.square().mean().sqrt().item(),
@@ -403,8 +404,7 @@ def device_name(text):
 
 
 def arguments():
-    parser = argparse.ArgumentParser(description="Pre-train MMCPR and write the embeddings to hand over.",
-                                     formatter_class=data.Help)
+    parser = argparse.ArgumentParser(description="Pre-train MMCPR and write the embeddings to hand over.", formatter_class=data.Help)
     parser.add_argument("--out", default="emb.npz", help="where the embeddings go")
     parser.add_argument("--modalities", type=modalities, default="RTVG", help="subset of R, T, V, G (Figure 3)")
     parser.add_argument("--lam", type=data.fraction, default=0.2, help="weight of CIMA; 0 drops it, 1 drops BCE (Eq. 16)")
