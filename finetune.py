@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 import data
 import metrics
-from mmcpr import Propagate, device_name, lightgcn, sparse_tensor
+from mmcpr import device_name, lightgcn, sparse_tensor
 
 KS = (20, 40, 60)
 
@@ -45,17 +45,37 @@ class LightGCN(nn.Module):
         degree = np.asarray(A.sum(1)).ravel()
         root = sp.diags_array(np.where(degree > 0, degree, np.inf) ** -0.5)
         self.A = sparse_tensor((root @ A @ root).tocsr(), self.E0.device, self.E0.dtype)
-        self.one = torch.ones((), device=self.E0.device, dtype=self.E0.dtype)
-
-    def layers(self):
-        """E^(0), ..., E^(L), each [n_users + n_items, d]."""
-        return lightgcn(self.E0, lambda x: Propagate.apply(x, self.A.matmul, self.one, self.one), self.n_layers)
 
     @torch.no_grad()
+    def layers(self):
+        """E^(0), ..., E^(L), each [n_users + n_items, d]; LayerRows gives them their gradient."""
+        return lightgcn(self.E0.detach(), self.A.matmul, self.n_layers)
+
     def embed(self):
         """(user [n_users, d], item [n_items, d]), the means over layers, whose products are the scores."""
-        E = torch.stack(self.layers()).mean(0)
+        E = sum(self.layers()) / (self.n_layers + 1)
         return E[:self.n_users], E[self.n_users:]
+
+
+class LayerRows(torch.autograd.Function):
+    """E^(l)[rows[l]] for every layer l, as a function of E^(0).
+
+    E^(l) = P^l E^(0) and P is symmetric, so the gradient is G_0 + P (G_1 + P (G_2 + ...)), where G_l holds the gradients of
+    layer l's rows: one product a layer and one table, where autograd would fill and add a table for every layer.
+    """
+
+    @staticmethod
+    def forward(ctx, E0, layers, rows, P):
+        """E0 [n, d]; layers: what LightGCN.layers made of it; rows int64 [L+1, r]; P [n, n]. Returns [L+1, r, d]."""
+        ctx.rows, ctx.P, ctx.n = rows, P, len(E0)
+        return torch.stack([layer[r] for layer, r in zip(layers, rows)])
+
+    @staticmethod
+    def backward(ctx, g):
+        G = g.new_zeros(ctx.n, g.shape[2]).index_add_(0, ctx.rows[-1], g[-1])
+        for l in reversed(range(len(g) - 1)):
+            G = (ctx.P @ G).index_add_(0, ctx.rows[l], g[l])
+        return G, None, None, None
 
 
 # --- MixGCF ---------------------------------------------------------------------------------------------------------
@@ -108,24 +128,20 @@ def hop_mixing(layers, users, candidates):
     return torch.stack([candidates.gather(1, best(layer))[:, 0] for layer in layers])
 
 
-def mixgcf_loss(layers, users, positives, candidates, alpha, l2=1e-4):
-    """BPR against one mixed negative plus l2 on layer 0, a scalar; users, positives [B], candidates [B, M] are rows of the layers.
+def mixgcf_loss(model, users, positives, candidates, alpha, l2=1e-4):
+    """BPR against one mixed negative plus l2 on layer 0, a scalar; users, positives [B], candidates [B, M] are rows of E0.
 
     Positive mixing: per layer l, e'^(l) = alpha_l e_+^(l) + (1 - alpha_l) e_m^(l), alpha [L+1, B]; hop mixing picks m; the
     negative is the mean over layers. Gradients reach the positive and the picked candidates, not the choice.
     """
-    with torch.no_grad():
-        picked = hop_mixing(layers, users, candidates)                                    # [L+1, B]
-    u, p, n = [], [], []
-    for layer, rows, a in zip(layers, picked, alpha[:, :, None]):
-        e_u, e_p, e_m = layer[torch.cat([users, positives, rows])].chunk(3)               # [B, d] each
-        u.append(e_u)
-        p.append(e_p)
-        n.append(a * e_p + (1 - a) * e_m)
-    mean = lambda parts: sum(parts) / len(parts)
-    score = lambda other: (mean(u) * mean(other)).sum(1)                                  # [B]
+    layers = model.layers()
+    picked = hop_mixing(layers, users, candidates)                                        # [L+1, B]
+    rows = torch.cat([users.expand_as(picked), positives.expand_as(picked), picked], 1)   # [L+1, 3 B]
+    u, p, m = LayerRows.apply(model.E0, layers, rows, model.A).chunk(3, 1)                # [L+1, B, d] each
+    n = alpha[:, :, None] * p + (1 - alpha[:, :, None]) * m
+    score = lambda other: (u.mean(0) * other.mean(0)).sum(1)                              # [B]
     bpr = F.softplus(score(n) - score(p)).mean()
-    return bpr + l2 / 2 * sum(part[0].square().sum() for part in (u, p, n)) / len(users)
+    return bpr + l2 / 2 * sum(x[0].square().sum() for x in (u, p, n)) / len(users)
 
 
 # --- Initial tables -------------------------------------------------------------------------------------------------
@@ -202,7 +218,7 @@ def finetune(parts, init, args, seed, device="cpu"):
                 candidates = sample(u, args.candidates)                                   # [B, M]
                 alpha = torch.rand(args.layers + 1, len(rows))
                 u, i, candidates = u.to(device), (i + len(user)).to(device), (candidates + len(user)).to(device)
-                loss = mixgcf_loss(model.layers(), u, i, candidates, alpha.to(device), args.l2)
+                loss = mixgcf_loss(model, u, i, candidates, alpha.to(device), args.l2)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()

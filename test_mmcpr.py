@@ -309,12 +309,22 @@ def test_lightgcn_against_the_dense_matrix():
     want = [torch.linalg.matrix_power(P, l) @ model.E0 for l in range(4)]
     for got, layer in zip(model.layers(), want):
         torch.testing.assert_close(got, layer, rtol=1e-5, atol=1e-6)
-    g = torch.randn(12, 3, dtype=torch.float64)
-    slow, = torch.autograd.grad((sum(want) * g).sum(), model.E0)
-    fast, = torch.autograd.grad((sum(model.layers()) * g).sum(), model.E0)
-    torch.testing.assert_close(fast, slow, rtol=1e-5, atol=1e-6)
     user, item = model.embed()
     torch.testing.assert_close(torch.cat([user, item]), sum(want) / 4, rtol=1e-5, atol=1e-6)
+    rows, g = torch.randint(12, (4, 30)), torch.randn(4, 30, 3, dtype=torch.float64)  # rows come more than once
+    slow, = torch.autograd.grad(sum((layer[r] * weight).sum() for layer, r, weight in zip(want, rows, g)), model.E0)
+    picked = finetune.LayerRows.apply(model.E0, model.layers(), rows, model.A)
+    fast, = torch.autograd.grad((picked * g).sum(), model.E0)
+    torch.testing.assert_close(picked, torch.stack([layer[r] for layer, r in zip(want, rows)]), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(fast, slow, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("n_layers", [0, 1, 3])
+def test_layer_rows_gradcheck(n_layers):
+    R = binary(np.random.default_rng(12), 7, 5, 0.4, empty_row=2)
+    model = finetune.LightGCN(R, *(torch.randn(n, 3, dtype=torch.float64) for n in (7, 5)), n_layers)
+    rows = torch.randint(12, (n_layers + 1, 6))
+    assert torch.autograd.gradcheck(lambda E0: finetune.LayerRows.apply(E0, model.layers(), rows, model.A), model.E0)
 
 
 def mixgcf_by_loop(layers, users, positives, candidates, alpha, l2):
@@ -335,16 +345,16 @@ def mixgcf_by_loop(layers, users, positives, candidates, alpha, l2):
 
 @pytest.mark.parametrize("M", [1, 5, 30])
 def test_mixgcf_against_the_loop(M):
-    """Value and gradient: the arg-max over unmixed candidates and the sampled product change nothing; M above n too."""
+    """Value and gradient: the arg-max over unmixed candidates, the sampled product and Horner's rule change nothing."""
     rng = np.random.default_rng(13)
-    layers = [torch.from_numpy(rng.normal(size=(20, 6))).requires_grad_() for _ in range(4)]
+    model = finetune.LightGCN(binary(rng, 8, 12, 0.4), *(torch.from_numpy(rng.normal(size=(n, 6))) for n in (8, 12)), 3)
     users, positives = torch.from_numpy(rng.integers(8, size=9)), torch.from_numpy(rng.integers(8, 20, size=9))
     candidates, alpha = torch.from_numpy(rng.integers(8, 20, size=(9, M))), torch.from_numpy(rng.random((4, 9)))
-    fast = finetune.mixgcf_loss(layers, users, positives, candidates, alpha, 0.3)
+    fast = finetune.mixgcf_loss(model, users, positives, candidates, alpha, 0.3)
+    layers = mmcpr.lightgcn(model.E0, model.A.to_dense().matmul, 3)
     slow = mixgcf_by_loop(layers, users, positives, candidates, alpha, 0.3)
     torch.testing.assert_close(fast, slow)
-    for got, want in zip(torch.autograd.grad(fast, layers), torch.autograd.grad(slow, layers)):
-        torch.testing.assert_close(got, want)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, model.E0)[0] for loss in (fast, slow)))
 
 
 def test_negatives_are_uniform_over_what_the_user_has_not():
@@ -604,11 +614,11 @@ def test_finetuning_steps_see_training_pairs_and_negatives(trained, monkeypatch)
     """An epoch is each training pair once, the last partial batch too; candidates are items outside the user's training."""
     train, seen, loss = data.split_dataset(data.load("shop", contents=False)).train, [], finetune.mixgcf_loss
 
-    def spy(layers, users, positives, candidates, alpha, l2):
+    def spy(model, users, positives, candidates, alpha, l2):
         assert alpha.shape == (4, len(users)) and l2 == 0.5
         seen.extend(zip(users.tolist(), (positives - 40).tolist()))
         assert not train.toarray()[users[:, None], candidates - 40].any()
-        return loss(layers, users, positives, candidates, alpha, l2)
+        return loss(model, users, positives, candidates, alpha, l2)
 
     monkeypatch.setattr(finetune, "mixgcf_loss", spy)
     assert run(finetune.main, "--init", "emb.npz", "--epochs", 1, "--batch", 50, "--candidates", 5, "--l2", 0.5) == 0
