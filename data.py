@@ -7,7 +7,9 @@
 A reader of the method needs only the first two sections.
 """
 import argparse
+import contextlib
 import csv
+import ctypes
 import difflib
 import errno
 import gzip
@@ -1102,8 +1104,18 @@ def open_data(args, known=None, modalities="RTVG", contents=True):
     return dataset, split_dataset(dataset, options["split_seed"], options["valid"]), options
 
 
+def keep_freed_memory():
+    """Tells glibc to keep what is freed: by default tables of this size go back to the system, which must clear every page
+    again at the next use: a quarter of a training epoch. Elsewhere nothing happens."""
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never give the heap's end back
+        libc.mallopt(-4, 0)   # M_MMAP_MAX: large blocks come from the heap too
+
+
 def cli(main, argv=None):
     """Runs a script's main(argv); what the user can mend becomes one line on stderr and exit code 2. Returns the code."""
+    keep_freed_memory()
     try:
         main(argv)
         return 0

@@ -22,7 +22,8 @@ from tqdm import tqdm
 
 import data
 import metrics
-from mmcpr import device_name, lightgcn, sparse_tensor
+from mmcpr import (Checkpoint, add_checkpoint_arguments, device_name, first, join_processes, lightgcn, one_after_the_other,
+                   sparse_tensor, sum_gradients)
 
 KS = (20, 40, 60)
 
@@ -129,7 +130,7 @@ def hop_mixing(layers, users, candidates):
 
 
 def mixgcf_loss(model, users, positives, candidates, alpha, l2=1e-4):
-    """BPR against one mixed negative plus l2 on layer 0, a scalar; users, positives [B], candidates [B, M] are rows of E0.
+    """BPR against one mixed negative plus l2 on layer 0, summed; users, positives [B], candidates [B, M] are rows of E0.
 
     Positive mixing: per layer l, e'^(l) = alpha_l e_+^(l) + (1 - alpha_l) e_m^(l), alpha [L+1, B]; hop mixing picks m; the
     negative is the mean over layers. Gradients reach the positive and the picked candidates, not the choice.
@@ -140,8 +141,7 @@ def mixgcf_loss(model, users, positives, candidates, alpha, l2=1e-4):
     u, p, m = LayerRows.apply(model.E0, layers, rows, model.A).chunk(3, 1)                # [L+1, B, d] each
     n = alpha[:, :, None] * p + (1 - alpha[:, :, None]) * m
     score = lambda other: (u.mean(0) * other.mean(0)).sum(1)                              # [B]
-    bpr = F.softplus(score(n) - score(p)).mean()
-    return bpr + l2 / 2 * sum(x[0].square().sum() for x in (u, p, n)) / len(users)
+    return F.softplus(score(n) - score(p)).sum() + l2 / 2 * sum(x[0].square().sum() for x in (u, p, n))
 
 
 # --- Initial tables -------------------------------------------------------------------------------------------------
@@ -193,36 +193,51 @@ class Patience:
         return self.waited >= self.limit
 
 
-def finetune(parts, init, args, seed, device="cpu"):
+def finetune(parts, init, args, seed, device="cpu", checkpoint=None):
     """Trains LightGCN with MixGCF; returns (result dict, user, item) of the epoch with the best validation Recall@20.
 
     Epoch 0, the tables as given, is evaluated too and can win. With --valid 0 the last of args.epochs is taken.
     """
     torch.manual_seed(seed)
     started = time.time()
+    checkpoint = checkpoint or Checkpoint()
     train = parts.train
     user, item = initial_tables(init, train, args.dim, args.scale, args.missing_side)
     model = LightGCN(train, user.to(device), item.to(device), args.layers)
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
     users, items = (torch.from_numpy(x) for x in metrics.entries(train, np.arange(train.shape[0])))
     sample = NegativeSampler(train)
-    patience = Patience(args.patience)
-    best, history, interrupted = {"epoch": -1, "value": -np.inf}, [], False
-    with_valid = parts.valid.nnz > 0
-    bar = tqdm(range(args.epochs + 1), desc=f"fine-tuning, seed {seed}", unit="epoch")
+    patience, with_valid, mine = Patience(args.patience), parts.valid.nnz > 0, metrics.share()
+    # All that changes in training, patience included
+    run = {"epoch": 0, "step": 0, "order": None, "total": torch.zeros((), device=device), "history": [], "seconds": 0.0,
+           "best": {"epoch": -1, "value": -np.inf, "tables": None}, "patience": vars(patience)}
+    run = checkpoint.restore(run, model, optimizer)
+    vars(patience).update(run["patience"])
+    run["patience"] = vars(patience)
+    started -= run["seconds"]
+    interrupted = False
+    bar = tqdm(range(run["epoch"], args.epochs + 1), desc=f"fine-tuning, seed {seed}", unit="epoch", initial=run["epoch"],
+               total=args.epochs + 1, disable=not first())
     try:
         for epoch in bar:
-            total = torch.zeros((), device=device)
-            for rows in torch.randperm(len(users)).split(args.batch) if epoch else ():  # the last, partial one too
+            if run["order"] is None:
+                run |= {"epoch": epoch, "step": 0, "total": torch.zeros((), device=device),
+                        "order": torch.randperm(len(users)) if epoch else torch.empty(0, dtype=torch.int64)}
+            for rows in run["order"].split(args.batch)[run["step"]:] if epoch else ():  # the last, partial one too
                 u, i = users[rows], items[rows]
                 candidates = sample(u, args.candidates)                                   # [B, M]
                 alpha = torch.rand(args.layers + 1, len(rows))
-                u, i, candidates = u.to(device), (i + len(user)).to(device), (candidates + len(user)).to(device)
-                loss = mixgcf_loss(model, u, i, candidates, alpha.to(device), args.l2)
+                u, i, candidates, alpha = (x.to(device) for x in (u[mine], i[mine] + len(user), candidates[mine] + len(user),
+                                                                  alpha[:, mine]))
+                loss = mixgcf_loss(model, u, i, candidates, alpha, args.l2) / len(rows)
                 optimizer.zero_grad()
                 loss.backward()
+                sum_gradients(model)
                 optimizer.step()
-                total += loss.detach() * len(rows)
+                run |= {"total": run["total"] + metrics.all_sum(loss.detach()) * len(rows), "step": run["step"] + 1,
+                        "seconds": time.time() - started}
+                checkpoint.tick(run, model, optimizer)
+            run["order"], total = None, run["total"]
             if epoch and not torch.isfinite(total):
                 raise data.InputError(f"the loss is not finite at epoch {epoch}; lower --lr (now {args.lr}) or --scale")
             if epoch % args.eval_every and epoch < args.epochs:
@@ -230,25 +245,26 @@ def finetune(parts, init, args, seed, device="cpu"):
             value = epoch
             if with_valid:
                 value = metrics.evaluate(*model.embed(), train, parts.valid, KS[:1])["recall@20"]
-                history.append({"epoch": epoch, "recall@20": value, "loss": total.item() / len(users) if epoch else None})
-            if value > best["value"]:
-                best = {"epoch": epoch, "value": value, "tables": [table.clone() for table in model.embed()]}
+                run["history"].append({"epoch": epoch, "recall@20": value, "loss": total.item() / len(users) if epoch else None})
+            if value > run["best"]["value"]:
+                run["best"] = {"epoch": epoch, "value": value, "tables": [table.clone() for table in model.embed()]}
             if with_valid:
                 bar.set_postfix({"loss": f"{total.item() / len(users):.4f}", "valid recall@20": f"{value:.4f}"})
                 if patience.over(value):
                     break
     except KeyboardInterrupt:
-        if best["epoch"] < 0:
+        if run["best"]["epoch"] < 0:
             raise
         interrupted = True
     bar.close()
-    user, item = best["tables"]
+    best = run["best"]
+    user, item = (table.to(device) for table in best["tables"])
     if not torch.isfinite(user.square().sum() + item.square().sum()):
         raise data.InputError(f"the tables are not finite at epoch {best['epoch']}; lower --lr (now {args.lr}) or --scale")
     result = {"seed": seed, "epoch": best["epoch"], "epochs_run": epoch, "seconds": round(time.time() - started, 1),
               "interrupted": interrupted,
               "valid": metrics.evaluate(user, item, train, parts.valid, KS) if with_valid else {},
-              "test": metrics.evaluate(user, item, (train + parts.valid).tocsr(), parts.test, KS), "history": history}
+              "test": metrics.evaluate(user, item, (train + parts.valid).tocsr(), parts.test, KS), "history": run["history"]}
     return result, user, item
 
 
@@ -297,6 +313,22 @@ def recommend(path, user, item, dataset, parts, k=20):
     data.replace_file(path, write, "w")
 
 
+def write_outputs(args, results, user, item, dataset, parts, source):
+    """What was asked for, after every seed: nothing is lost if the next is interrupted. Tables and lists are the first seed's."""
+    if args.metrics:
+        summary = results[0] if len(args.seeds) == 1 else {
+            "data": source["data"], "init": args.init, "scale": args.scale, "runs": results,
+            "mean": {name: float(np.mean([r["test"][name] for r in results])) for name in results[0]["test"]},
+            "std": {name: float(np.std([r["test"][name] for r in results], ddof=1)) if len(results) > 1 else None
+                    for name in results[0]["test"]}}
+        data.replace_file(args.metrics, lambda file: json.dump(summary, file, indent=1), "w")
+    if args.out and len(results) == 1:
+        meta = {"method": "LightGCN + MixGCF", "data": source, "init": args.init, "scale": args.scale, "seed": args.seeds[0]}
+        data.save_embeddings(args.out, dataset, parts, user.cpu().numpy(), item.cpu().numpy(), meta)
+    if args.recommend and len(results) == 1:
+        recommend(args.recommend, user, item, dataset, parts)
+
+
 def print_results(results, init):
     """The test metrics as a table, with mean and standard deviation (n - 1) over several seeds."""
     names = [f"{name}@{k}" for name in ("recall", "ndcg") for k in KS]
@@ -330,6 +362,7 @@ def arguments():
     parser.add_argument("--eval-every", type=data.positive, default=5, help="epochs between two validations")
     parser.add_argument("--patience", type=data.positive, default=10, help="validations in a row that bring nothing")
     parser.add_argument("--device", type=device_name, default="auto")
+    add_checkpoint_arguments(parser)
     data.add_data_arguments(parser)
     return parser
 
@@ -338,37 +371,33 @@ def main(argv=None):
     args = arguments().parse_args(argv)
     if not (0 < args.lr < np.inf and 0 <= args.l2 < np.inf):
         raise data.InputError("--lr must be above 0, --l2 at least 0, both finite")
-    data.check_outputs(args.metrics, args.out, args.recommend)
+    path = f"{args.metrics or args.out or os.path.basename(args.init)}.finetune.ckpt"
+    data.check_outputs(args.metrics, args.out, args.recommend, path)
+    join_processes(args.device)
     arrays, known = read_init(args.init, args)
     args.dim = args.dim or 64
     if args.missing_side == "mean" and arrays is None:
         raise data.InputError("--missing-side mean needs item vectors: pass an emb.npz with --init")
-    dataset, parts, source = data.open_data(args, known, contents=False)
+    with one_after_the_other():
+        dataset, parts, source = data.open_data(args, known, contents=False)
     if arrays is not None:
         check_same_split(args.init, arrays, dataset, parts)
-    results = []
-    for seed in args.seeds:
-        result, user, item = finetune(parts, arrays, args, seed, args.device)
-        results.append({"data": source["data"], "init": args.init, "scale": args.scale, **result})
-        if args.metrics:  # after every seed: nothing is lost if the next is interrupted
-            summary = results[0] if len(args.seeds) == 1 else {
-                "data": source["data"], "init": args.init, "scale": args.scale, "runs": results,
-                "mean": {name: float(np.mean([r["test"][name] for r in results])) for name in results[0]["test"]},
-                "std": {name: float(np.std([r["test"][name] for r in results], ddof=1)) if len(results) > 1 else None
-                        for name in results[0]["test"]}}
-            data.replace_file(args.metrics, lambda file: json.dump(summary, file, indent=1), "w")
-        if seed == args.seeds[0]:
-            if args.out:
-                meta = {"method": "LightGCN + MixGCF", "data": source, "init": args.init, "scale": args.scale, "seed": seed}
-                data.save_embeddings(args.out, dataset, parts, user.cpu().numpy(), item.cpu().numpy(), meta)
-            if args.recommend:
-                recommend(args.recommend, user, item, dataset, parts)
-        if result["interrupted"]:
-            break
+    same = {name: value for name, value in vars(args).items() if name not in data.DATA_DEFAULTS and
+            name not in ("resume", "checkpoint_every", "metrics", "out", "recommend")}
+    with Checkpoint(path, same | {"training interactions": parts.fingerprint}, args.resume, args.checkpoint_every) as checkpoint:
+        results = checkpoint.results
+        for seed in args.seeds[len(results):]:
+            result, user, item = finetune(parts, arrays, args, seed, args.device, checkpoint)
+            results.append({"data": source["data"], "init": args.init, "scale": args.scale, **result})
+            if first():
+                write_outputs(args, results, user, item, dataset, parts, source)
+            if result["interrupted"]:
+                break
     print_results(results, args.init)
     if results[-1]["interrupted"]:
         raise data.InputError(f"interrupted in seed {seed} at epoch {result['epochs_run']}; its best epoch so far, "
-                              f"{result['epoch']}, was tested")
+                              f"{result['epoch']}, was tested; the same command with --resume goes on")
+    checkpoint.remove()
     for path in filter(None, (args.metrics, args.out, args.recommend)):
         print(f"wrote {path}")
     default = {**data.DATA_DEFAULTS, "data_dir": os.path.abspath(data.DATA_DEFAULTS["data_dir"])}

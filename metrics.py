@@ -7,8 +7,21 @@ how many there are.
 """
 import numpy as np
 import torch
+import torch.distributed as dist
 
 CHUNK_SCORES = 1 << 23  # scores held at a time: 32 MB in float32
+
+
+def share():
+    """The slice of the work that this process takes: all of it, or under torchrun every k-th row from its rank on."""
+    return slice(dist.get_rank(), None, dist.get_world_size()) if dist.is_initialized() else slice(0, None, 1)
+
+
+def all_sum(x):
+    """The tensor x, summed in place over all processes."""
+    if dist.is_initialized():
+        dist.all_reduce(x)
+    return x
 
 
 def entries(matrix, rows):
@@ -36,7 +49,8 @@ def evaluate(user, item, seen, truth, ks=(20, 40, 60)):
     """Recall@k and NDCG@k, means over the users that have at least one item in `truth`; the others are not ranked.
 
     recall@k = hits / |truth_u|;  ndcg@k = (sum over hits of 1/log2(position + 1)) / (the same for an ideal ranking, whose
-    first min(k, |truth_u|) positions are hits). truth is a scipy CSR matrix that shares no entry with seen.
+    first min(k, |truth_u|) positions are hits). truth is a scipy CSR matrix that shares no entry with seen. Several
+    processes rank a share of the users each and get the same means.
     """
     n_items, device = truth.shape[1], user.device
     size = np.diff(truth.indptr)
@@ -48,14 +62,14 @@ def evaluate(user, item, seen, truth, ks=(20, 40, 60)):
     top = max(ks)
     discount = 1 / torch.log2(torch.arange(2, top + 2, dtype=torch.float64, device=device))  # [top]
     ideal = discount.cumsum(0)
-    total = {f"{name}@{k}": 0.0 for k in ks for name in ("recall", "ndcg")}
-    for part, _, ranked in rank(user, item, seen, top, rows):
+    names = [f"{name}@{k}" for k in ks for name in ("recall", "ndcg")]
+    total = torch.zeros(len(names), dtype=torch.float64, device=device)
+    for part, _, ranked in rank(user, item, seen, top, rows[share()]):
         query = torch.from_numpy(part).to(device)[:, None] * n_items + ranked           # [c, top]
         found = torch.searchsorted(keys, query).clamp_(max=len(keys) - 1)
         hit = (keys[found] == query).double()
         n = torch.from_numpy(size[part]).to(device)
         gain = hit * discount[:hit.shape[1]]
-        for k in ks:
-            total[f"recall@{k}"] += (hit[:, :k].sum(1) / n).sum().item()
-            total[f"ndcg@{k}"] += (gain[:, :k].sum(1) / ideal[n.clamp(max=k) - 1]).sum().item()
-    return {name: value / len(rows) for name, value in total.items()}
+        total += torch.stack([(found / best).sum() for k in ks for found, best in
+                              ((hit[:, :k].sum(1), n), (gain[:, :k].sum(1), ideal[n.clamp(max=k) - 1]))])
+    return dict(zip(names, (all_sum(total) / len(rows)).tolist()))

@@ -16,14 +16,20 @@ Symbols, as in the paper. Users u have reviews (R) and the user graph G_u (G); i
     e        [n, d]               the multi-modal representation, what is handed over
 """
 import argparse
+import atexit
+import contextlib
+import os
 import platform
+import signal
 import sys
 import time
 import warnings
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from scipy.special import xlogy
 from torch import nn
@@ -154,19 +160,22 @@ class Tower(nn.Module):
 
 # --- Contrastive inter-modal alignment (Eq. 11) ---------------------------------------------------------------------
 
-def cima(text, image, tau=0.1, form="softmax"):
+def cima(text, image, tau=0.1, form="softmax", rows=slice(None)):
     """L1 / N over N items that have both: text, image [N, d] -> a scalar.
 
     The paper writes e^1, e^2, the encoders' outputs; the encoders are frozen, so that loss would have nothing to train:
     text and image are the projections e'^1, e'^2. As printed, Eq. 11 takes the log of s in [-1/tau, 1/tau]. Two readings:
     "softmax", CLIP's symmetric cross-entropy, "predict which of the N x N possible pairings actually occurred";
-    "bce", the formula with the sigmoid it lacks, over all N^2 pairs.
+    "bce", the formula with the sigmoid it lacks, over all N^2 pairs. rows: of the N x N matrix and of its transpose, the rows
+    to sum over (default: all); the sums over the shares of several processes add up to the whole.
     """
-    s = F.normalize(text, dim=1) @ F.normalize(image, dim=1).T / tau                      # [N, N]
+    text, image = F.normalize(text, dim=1), F.normalize(image, dim=1)
+    true = torch.arange(len(text), device=text.device)[rows]                              # [N']
+    s = text[rows] @ image.T / tau                                                        # [N', N]
     if form == "softmax":
-        true = torch.arange(len(s), device=s.device)
-        return (F.cross_entropy(s, true) + F.cross_entropy(s.T, true)) / 2
-    return (F.softplus(s).sum() - s.diagonal().sum()) / len(s)
+        ce = lambda s: F.cross_entropy(s, true, reduction="sum")
+        return (ce(s) + ce(image[rows] @ text.T / tau)) / (2 * len(text))
+    return (F.softplus(s).sum() - s.gather(1, true[:, None]).sum()) / len(text)
 
 
 # --- Binary cross-entropy over R (Eq. 15) ---------------------------------------------------------------------------
@@ -186,12 +195,13 @@ class FullBlockBCE(torch.autograd.Function):
         g_item = torch.zeros_like(item).index_add_(0, column, user[at], alpha=-1)
         g_bias = -torch.bincount(column, minlength=len(item)).to(bias.dtype)
         total = torch.zeros((), dtype=torch.float64, device=user.device)
-        step = max(1, chunk // len(user))
+        step = max(1, chunk // max(1, len(user)))
         for lo in range(0, len(item), step):
             part = slice(lo, lo + step)
             s = torch.addmm(bias[part], user, item[part].T)                               # [B, c]
-            total += F.softplus(s).sum()
-            p = s.sigmoid_()
+            p = s.sigmoid()
+            # softplus(s) = max(s, 0) - log max(p, 1 - p), in a seventh of the time F.softplus takes on a CPU
+            total += s.clamp_(min=0).sum() - (p - 0.5).abs_().add_(0.5).log_().sum()
             g_user.addmm_(p, item[part])
             g_item[part].addmm_(p.T, user)
             g_bias[part] += p.sum(0)
@@ -246,13 +256,15 @@ def objective(model, train, rows, some, positives, lam=0.2, tau=0.1, form="softm
 
     rows int64 [B]: the block of users; some int64 [N]: the items of CIMA (fewer than two: no CIMA); positives: the mean
     number of training interactions in a block. The paper sums; divided so, the two terms do not grow with the batch.
+    One of several processes returns its share: every rank's users of the block, and rows of CIMA's matrices.
     """
     device = model.users.present.device
     item, _, projected = model.items(torch.arange(model.n_items, device=device))          # [n_items, d]
     l1 = l2 = torch.zeros((), device=device)
     if lam > 0 and len(some) > 1:
-        l1 = cima(projected[some, 0], projected[some, 1], tau, form)
+        l1 = cima(projected[some, 0], projected[some, 1], tau, form, metrics.share())
     if lam < 1:
+        rows = rows[metrics.share()]
         at, column = (torch.from_numpy(x).to(device) for x in metrics.entries(train, rows.cpu().numpy()))
         user = model.users(rows)[0]                                                       # [B, d]
         l2 = FullBlockBCE.apply(user, item, model.bias.expand(model.n_items), at, column) / positives
@@ -277,7 +289,120 @@ def alignment(model, items, k=10, chunk=1024):
             "cosine_false": false.item(), "pairs": n}
 
 
-def pretrain(parts, features, args, device="cpu"):
+# --- Long runs: several processes, interruptions --------------------------------------------------------------------
+
+def join_processes(device):
+    """Joins the other processes where torchrun started several: gloo on CPUs, nccl on GPUs, one each.
+
+    All draw the same random numbers and hold all tables; each takes every k-th user of a block (fine-tuning: interaction of
+    a batch), row of CIMA's matrices and user to rank, and the sums are added up. The first reports and writes.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) < 2 or "LOCAL_RANK" not in os.environ:
+        return
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(days=1))
+    atexit.register(dist.destroy_process_group)
+    if not first():
+        sys.stdout = open(os.devnull, "w")
+
+
+def first():
+    """Whether this process is the one that reports and writes."""
+    return metrics.share().start == 0
+
+
+@contextlib.contextmanager
+def one_after_the_other():
+    """The first process goes through first: what it downloads, extracts and caches is there for the others."""
+    if dist.is_initialized() and not first():
+        dist.barrier()
+    yield
+    if dist.is_initialized() and first():
+        dist.barrier()
+
+
+def sum_gradients(model):
+    """Adds the gradients of all processes up, so that all take the same step."""
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            metrics.all_sum(parameter.grad)
+
+
+class Checkpoint:
+    """The state of a run: saved every few minutes, at Ctrl-C and at SIGTERM; --resume continues it bit by bit.
+
+    with Checkpoint(path, same, resume) as checkpoint: catches both signals; the step under way is finished first, a second
+    Ctrl-C does not wait for it. same: a dict of what must be the same in the run that resumes. results: what else the run has
+    found so far, saved along. Without a path nothing is saved and no signal is caught.
+    """
+
+    def __init__(self, path=None, same=None, resume=False, every=180):
+        self.path, self.same, self.every, self.results = path, same, every, []
+        self.saved, self.asked, self.state, self.handlers = time.time(), False, None, {}
+        if path is None or not Path(path).exists():
+            if resume:
+                print(f"{path}: no such checkpoint; starting from the beginning")
+        elif not resume:
+            print(f"{path}: checkpoint of an interrupted run; --resume would continue it, this run starts anew")
+        else:
+            try:
+                self.state = torch.load(path, map_location="cpu", weights_only=True)
+                made, self.results = self.state["same"], self.state["results"]
+            except Exception:  # zipfile, pickle and torch each raise their own on a damaged file
+                raise data.InputError(f"{path}: not a checkpoint, or damaged; delete it and start anew") from None
+            if made != same:
+                other = next(name for name in same if made.get(name) != same[name])
+                raise data.InputError(f"{path}: made with {other} {made.get(other)}, not {same[other]}; pass the same options, or "
+                                      "leave --resume out to start anew")
+
+    def __enter__(self):
+        def ask(*_):
+            if self.asked:
+                raise KeyboardInterrupt
+            self.asked = True
+        self.handlers = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+    def restore(self, run, model, optimizer):
+        """`run` of the checkpoint, its model, optimiser and random state put back; `run` as it is where there is none."""
+        state, self.state = self.state, None
+        if state is None:
+            return run
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["random"])
+        device = next(model.parameters()).device
+        print(f"{self.path}: goes on in epoch {state['run']['epoch']}")
+        return {name: x.to(device) if torch.is_tensor(x) and torch.is_tensor(run[name]) else x for name, x in state["run"].items()}
+
+    def tick(self, run, model, optimizer):
+        """After each step: saves where it is time or a signal came, and raises KeyboardInterrupt in the second case."""
+        asked = self.asked
+        if dist.is_initialized():  # all stop after the same step
+            asked = bool(metrics.all_sum(torch.tensor(float(asked), device=next(model.parameters()).device)))
+        if self.path and (asked or time.time() - self.saved >= self.every):
+            if first():
+                state = {"same": self.same, "results": self.results, "run": run, "model": model.state_dict(),
+                         "optimizer": optimizer.state_dict(), "random": torch.get_rng_state()}
+                data.replace_file(self.path, lambda file: torch.save(state, file))
+            self.saved = time.time()
+        if asked:
+            raise KeyboardInterrupt
+
+    def remove(self):
+        """At the end of a run that was not interrupted."""
+        if first():
+            Path(self.path).unlink(missing_ok=True)
+
+
+# --- Pre-training ---------------------------------------------------------------------------------------------------
+
+def pretrain(parts, features, args, device="cpu", checkpoint=None):
     """Trains MMCPR on parts.train; returns (user, item, report) of the epoch with the best validation Recall@20.
 
     An epoch is one pass over the users in blocks of `args.batch`. Patience counts epochs without a new best, and starts
@@ -287,6 +412,7 @@ def pretrain(parts, features, args, device="cpu"):
     """
     torch.manual_seed(args.seed)
     train, started = parts.train, time.time()
+    checkpoint = checkpoint or Checkpoint()
     model = MMCPR(train, features, args.modalities, args.dim, args.layers, args.norm, args.bias, device)
     for side, tower in (("user", model.users), ("item", model.items)):
         if tower.graph:
@@ -306,49 +432,61 @@ def pretrain(parts, features, args, device="cpu"):
     positives = batch * train.nnz / n_users  # the mean number in a block: what L2 is divided by
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
     plateau = popularity_loss(train)
-    best, history, state = {"epoch": -1, "value": -np.inf}, [], None
-    passed, interrupted = 0, False  # passed: the epoch at which the plateau was left
-    bar = tqdm(range(1, args.epochs + 1), desc="pre-training", unit="epoch")
+    # All that changes in training. passed: the epoch at which the plateau was left
+    run = {"epoch": 1, "step": 0, "blocks": None, "sums": torch.zeros(2, device=device), "passed": 0, "history": [],
+           "best": {"epoch": -1, "value": -np.inf}, "kept": None, "seconds": 0.0}
+    run = checkpoint.restore(run, model, optimizer)
+    started -= run["seconds"]
+    interrupted = False
+    bar = tqdm(range(run["epoch"], args.epochs + 1), desc="pre-training", unit="epoch", initial=run["epoch"] - 1,
+               total=args.epochs, disable=not first())
     try:
         for epoch in bar:
-            sums, steps = torch.zeros(2, device=device), 0
-            for rows in torch.randperm(n_users).split(batch):
+            if run["blocks"] is None:
+                run |= {"epoch": epoch, "step": 0, "blocks": torch.randperm(n_users), "sums": torch.zeros(2, device=device)}
+            for rows in run["blocks"].split(batch)[run["step"]:]:
                 some = paired[torch.randperm(len(paired))[:args.batch].to(device)]        # N items, drawn anew each step
                 l1, l2, loss = objective(model, train, rows.to(device), some, positives, args.lam, args.tau, args.cima)
                 optimizer.zero_grad()
                 loss.backward()
+                sum_gradients(model)
                 optimizer.step()
-                sums, steps = sums + torch.stack([l1.detach(), l2.detach()]), steps + 1
-            l1, l2 = sums[0].item() / steps, sums[1].item() * batch / n_users  # the last block may be smaller
+                run["sums"] = run["sums"] + metrics.all_sum(torch.stack([l1, l2]).detach())
+                run |= {"step": run["step"] + 1, "seconds": time.time() - started}
+                checkpoint.tick(run, model, optimizer)
+            run["blocks"] = None
+            l1, l2 = run["sums"][0].item() / run["step"], run["sums"][1].item() * batch / n_users  # the last block may be smaller
             if not np.isfinite(l1 + l2):
                 raise data.InputError(f"the loss is not finite at epoch {epoch}; lower --lr (now {args.lr})")
             if epoch % args.eval_every and epoch < args.epochs:
                 continue
             point = {"epoch": epoch, "cima": l1, "bce": l2}
-            passed = passed or (epoch if l2 < 0.98 * plateau else 0)
+            run["passed"] = run["passed"] or (epoch if l2 < 0.98 * plateau else 0)
             if args.lam == 1:
                 with torch.no_grad():
                     projected = model.items(held)[2]
-                    point["held_out_cima"] = cima(projected[:, 0], projected[:, 1], args.tau, args.cima).item()
+                    loss = cima(projected[:, 0], projected[:, 1], args.tau, args.cima, metrics.share())
+                point["held_out_cima"] = metrics.all_sum(loss).item()
                 value = -point["held_out_cima"]
             elif parts.valid.nnz:
                 value = metrics.evaluate(*model.embed()[:2], parts.train, parts.valid, (20,))["recall@20"]
                 point["recall@20"] = value
             else:
                 value = epoch  # no validation: the last epoch is the best
-            history.append(point)
-            if value > best["value"]:
-                state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-                best = {"value": value, **point}
+            run["history"].append(point)
+            if value > run["best"]["value"]:
+                run["kept"] = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+                run["best"] = {"value": value, **point}
             bar.set_postfix({k: f"{v:.4f}" for k, v in point.items() if k != "epoch"})
-            if passed and epoch - max(best["epoch"], passed) >= args.patience:
+            if run["passed"] and epoch - max(run["best"]["epoch"], run["passed"]) >= args.patience:
                 break
     except KeyboardInterrupt:
-        if state is None:
+        if run["kept"] is None:
             raise
         interrupted = True
     bar.close()
-    model.load_state_dict(state)
+    model.load_state_dict(run["kept"])
+    best = run["best"]
     user, item, attention = model.embed()
     if not torch.isfinite(user.square().sum() + item.square().sum()):
         raise data.InputError(f"the tables are not finite at epoch {best['epoch']}; lower --lr (now {args.lr})")
@@ -360,7 +498,7 @@ def pretrain(parts, features, args, device="cpu"):
               "valid": {"recall@20": metrics.evaluate(user, item, parts.train, parts.valid, (20,))["recall@20"]
                         if parts.valid.nnz else None},
               "rms": {"user": user.square().mean().sqrt().item(), "item": item.square().mean().sqrt().item(),
-                      "all": torch.cat([user, item]).square().mean().sqrt().item()}, "history": history}
+                      "all": torch.cat([user, item]).square().mean().sqrt().item()}, "history": run["history"]}
     return user.cpu().numpy(), item.cpu().numpy(), report
 
 
@@ -403,6 +541,11 @@ def device_name(text):
     return ("cuda" if torch.cuda.is_available() else "cpu") if text == "auto" else text
 
 
+def add_checkpoint_arguments(parser):
+    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint of an interrupted run")
+    parser.add_argument("--checkpoint-every", type=data.non_negative, default=180, metavar="SECONDS")
+
+
 def arguments():
     parser = argparse.ArgumentParser(description="Pre-train MMCPR and write the embeddings to hand over.", formatter_class=data.Help)
     parser.add_argument("--out", default="emb.npz", help="where the embeddings go")
@@ -422,6 +565,7 @@ def arguments():
     parser.add_argument("--eval-every", type=data.positive, default=5, help="epochs between two validations")
     parser.add_argument("--seed", type=data.non_negative, default=0)
     parser.add_argument("--device", type=device_name, default="auto")
+    add_checkpoint_arguments(parser)
     data.add_data_arguments(parser)
     data.add_feature_arguments(parser)
     return parser
@@ -433,22 +577,29 @@ def main(argv=None):
         raise data.InputError("--tau and --lr must be above 0 and finite")
     if args.lam > 0 and args.batch < 2:
         raise data.InputError("--batch must be at least 2 for CIMA; or pass --lam 0")
-    data.check_outputs(args.out)
-    dataset, parts, source = data.open_data(args, modalities=args.modalities)
-    features = data.features(dataset, args.modalities, args.encoder, Path(source["data_dir"]),
-                             (args.clip_model, args.clip_weights))
+    path = f"{args.out}.ckpt"
+    data.check_outputs(args.out, path)
+    join_processes(args.device)
+    with one_after_the_other():
+        dataset, parts, source = data.open_data(args, modalities=args.modalities)
+        features = data.features(dataset, args.modalities, args.encoder, Path(source["data_dir"]),
+                                 (args.clip_model, args.clip_weights))
     if "R" in features:
         features["R"] = data.pool_reviews(features["R"], dataset.users, dataset.n_users, parts.in_train)  # Eq. 4
     dataset.texts = dataset.images = dataset.reviews = None  # their features are made
-    user, item, report = pretrain(parts, features, args, args.device)
-    options = {name: value for name, value in vars(args).items() if name not in data.DATA_DEFAULTS and name != "out"}
+    options = {name: value for name, value in vars(args).items() if name not in data.DATA_DEFAULTS and
+               name not in ("out", "resume", "checkpoint_every")}
+    with Checkpoint(path, options | {"training interactions": parts.fingerprint}, args.resume, args.checkpoint_every) as checkpoint:
+        user, item, report = pretrain(parts, features, args, args.device, checkpoint)
     meta = {"method": "MMCPR", "data": source, "options": options, "report": report,
             "versions": {"python": platform.python_version(), "numpy": np.__version__, "torch": torch.__version__}}
-    data.save_embeddings(args.out, dataset, parts, user, item, meta)
+    if first():
+        data.save_embeddings(args.out, dataset, parts, user, item, meta)
     print_report(report)
     if report["interrupted"]:
         raise data.InputError(f"interrupted at epoch {report['epochs_run']}; {args.out} holds epoch {report['epoch']}, the best "
-                              "so far")
+                              "so far; the same command with --resume goes on")
+    checkpoint.remove()
     print(f"wrote {args.out}; next: python finetune.py --init {args.out}")
 
 

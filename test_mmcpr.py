@@ -340,7 +340,7 @@ def mixgcf_by_loop(layers, users, positives, candidates, alpha, l2):
         negative = sum(picked) / len(layers)
         total = total + torch.log(1 + torch.exp(query @ negative - query @ positive))
         penalty = penalty + sum((x ** 2).sum() for x in (layers[0][users[b]], layers[0][positives[b]], picked[0]))
-    return total / len(users) + l2 / (2 * len(users)) * penalty
+    return total + l2 / 2 * penalty
 
 
 @pytest.mark.parametrize("M", [1, 5, 30])
