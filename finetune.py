@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 import data
 import metrics
-from mmcpr import (Checkpoint, add_checkpoint_arguments, device_name, first, join_processes, lightgcn, one_after_the_other,
+from mmcpr import (Checkpoint, add_checkpoint_arguments, device_name, first, lightgcn, one_after_the_other, processes,
                    sparse_tensor, sum_gradients)
 
 KS = (20, 40, 60)
@@ -254,7 +254,7 @@ def finetune(parts, init, args, seed, device="cpu", checkpoint=None):
                     break
     except KeyboardInterrupt:
         if run["best"]["epoch"] < 0:
-            raise
+            raise data.InputError("interrupted before the first validation; the same command with --resume goes on") from None
         interrupted = True
     bar.close()
     best = run["best"]
@@ -367,13 +367,8 @@ def arguments():
     return parser
 
 
-def main(argv=None):
-    args = arguments().parse_args(argv)
-    if not (0 < args.lr < np.inf and 0 <= args.l2 < np.inf):
-        raise data.InputError("--lr must be above 0, --l2 at least 0, both finite")
-    path = f"{args.metrics or args.out or os.path.basename(args.init)}.finetune.ckpt"
-    data.check_outputs(args.metrics, args.out, args.recommend, path)
-    join_processes(args.device)
+def work(args, path):
+    """What main does once the flags are checked; path: of the checkpoint."""
     arrays, known = read_init(args.init, args)
     args.dim = args.dim or 64
     if args.missing_side == "mean" and arrays is None:
@@ -404,6 +399,16 @@ def main(argv=None):
     same = "".join(f" --{name.replace('_', '-')} {value}" for name, value in source.items() if value != default[name])
     print(f"next: python mmcpr.py{same}, then python finetune.py --init emb.npz" if args.init == "random" else
           f"next: python finetune.py --init random{same}, the start to compare with")
+
+
+def main(argv=None):
+    args = arguments().parse_args(argv)
+    if not (0 < args.lr < np.inf and 0 <= args.l2 < np.inf):
+        raise data.InputError("--lr must be above 0, --l2 at least 0, both finite")
+    path = f"{args.metrics or args.out or os.path.basename(args.init)}.finetune.ckpt"
+    data.check_outputs(args.metrics, args.out, args.recommend, path)
+    with processes(args.device):
+        work(args, path)
 
 
 if __name__ == "__main__":

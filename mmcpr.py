@@ -16,8 +16,8 @@ Symbols, as in the paper. Users u have reviews (R) and the user graph G_u (G); i
     e        [n, d]               the multi-modal representation, what is handed over
 """
 import argparse
-import atexit
 import contextlib
+import io
 import os
 import platform
 import signal
@@ -291,20 +291,23 @@ def alignment(model, items, k=10, chunk=1024):
 
 # --- Long runs: several processes, interruptions --------------------------------------------------------------------
 
-def join_processes(device):
+@contextlib.contextmanager
+def processes(device):
     """Joins the other processes where torchrun started several: gloo on CPUs, nccl on GPUs, one each.
 
     All draw the same random numbers and hold all tables; each takes every k-th user of a block (fine-tuning: interaction of
     a batch), row of CIMA's matrices and user to rank, and the sums are added up. The first reports and writes.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) < 2 or "LOCAL_RANK" not in os.environ:
+        yield
         return
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(days=1))
-    atexit.register(dist.destroy_process_group)
-    if not first():
-        sys.stdout = open(os.devnull, "w")
+    with contextlib.nullcontext() if first() else contextlib.redirect_stdout(io.StringIO()):
+        yield
+    dist.barrier()  # none leaves while another still talks to it
+    dist.destroy_process_group()
 
 
 def first():
@@ -482,7 +485,7 @@ def pretrain(parts, features, args, device="cpu", checkpoint=None):
                 break
     except KeyboardInterrupt:
         if run["kept"] is None:
-            raise
+            raise data.InputError("interrupted before the first validation; the same command with --resume goes on") from None
         interrupted = True
     bar.close()
     model.load_state_dict(run["kept"])
@@ -571,15 +574,8 @@ def arguments():
     return parser
 
 
-def main(argv=None):
-    args = arguments().parse_args(argv)
-    if not (0 < args.tau < np.inf and 0 < args.lr < np.inf):
-        raise data.InputError("--tau and --lr must be above 0 and finite")
-    if args.lam > 0 and args.batch < 2:
-        raise data.InputError("--batch must be at least 2 for CIMA; or pass --lam 0")
-    path = f"{args.out}.ckpt"
-    data.check_outputs(args.out, path)
-    join_processes(args.device)
+def work(args, path):
+    """What main does once the flags are checked; path: of the checkpoint."""
     with one_after_the_other():
         dataset, parts, source = data.open_data(args, modalities=args.modalities)
         features = data.features(dataset, args.modalities, args.encoder, Path(source["data_dir"]),
@@ -601,6 +597,18 @@ def main(argv=None):
                               "so far; the same command with --resume goes on")
     checkpoint.remove()
     print(f"wrote {args.out}; next: python finetune.py --init {args.out}")
+
+
+def main(argv=None):
+    args = arguments().parse_args(argv)
+    if not (0 < args.tau < np.inf and 0 < args.lr < np.inf):
+        raise data.InputError("--tau and --lr must be above 0 and finite")
+    if args.lam > 0 and args.batch < 2:
+        raise data.InputError("--batch must be at least 2 for CIMA; or pass --lam 0")
+    path = f"{args.out}.ckpt"
+    data.check_outputs(args.out, path)
+    with processes(args.device):
+        work(args, path)
 
 
 if __name__ == "__main__":

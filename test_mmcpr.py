@@ -553,6 +553,94 @@ def test_ctrl_c_keeps_the_best_epoch(tmp_path, script, out):
     assert (tmp_path / "result").exists()
 
 
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}  # two that wait for each other on a busy machine take minutes
+RUNS = {"mmcpr.py": ("--data", "shop", "--dim", "8", "--batch", "15", "--epochs", "60", "--patience", "60", "--eval-every", "4"),
+        "finetune.py": ("--data", "shop", "--dim", "8", "--batch", "50", "--epochs", "30", "--patience", "60", "--seeds", "3", "4",
+                        "--eval-every", "3", "--metrics", "m.json")}
+
+
+def outcome(script, folder):
+    """All that a run has found, but for the time it took."""
+    strip = lambda report: {name: value for name, value in report.items() if name not in ("seconds", "data")}
+    arrays = data.load_embeddings(folder / "result.npz")
+    if script == "mmcpr.py":
+        return arrays["user"], arrays["item"], strip(arrays["meta"]["report"])
+    return arrays["user"], arrays["item"], list(map(strip, json.loads((folder / "m.json").read_text())["runs"]))
+
+
+@pytest.mark.parametrize("script", ["mmcpr.py", "finetune.py"])
+def test_interrupted_run_goes_on_to_the_same_bits(tmp_path, script):
+    """The real command, killed again and again at whatever moment, SIGTERM once, then resumed: as if never interrupted."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    command = [sys.executable, HERE / script, *RUNS[script], "--out", "result.npz"]
+    checkpoint = cut / ("result.npz.ckpt" if script == "mmcpr.py" else "m.json.finetune.ckpt")
+    for folder in (whole, cut):
+        folder.mkdir()
+        write_shop(folder / "shop")
+    reference = subprocess.Popen(command, cwd=whole, env=ONE_THREAD, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    for how in (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL):
+        before = checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
+        process = subprocess.Popen([*command, "--resume", "--checkpoint-every", "0"], cwd=cut, env=ONE_THREAD,
+                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        while process.poll() is None and (not checkpoint.exists() or checkpoint.stat().st_mtime_ns == before):
+            time.sleep(0.01)
+        time.sleep(0.15)  # some epochs on, in the middle of whatever it is doing
+        process.send_signal(how)
+        out, err = process.communicate(timeout=60)
+        assert (b"goes on in epoch" if before else b"starting from the beginning") in out, (out, err)
+        assert process.returncode == (2 if how == signal.SIGTERM else -9) and b"Traceback" not in err
+        assert how != signal.SIGTERM or b"--resume goes on" in err
+        assert checkpoint.exists()
+    subprocess.run([*command, "--resume"], cwd=cut, env=ONE_THREAD, check=True, capture_output=True, timeout=60)
+    assert reference.wait(60) == 0 and not checkpoint.exists()
+    (user, item, report), (user_cut, item_cut, report_cut) = outcome(script, whole), outcome(script, cut)
+    assert np.array_equal(user, user_cut) and np.array_equal(item, item_cut)
+    assert report == report_cut
+
+
+@pytest.mark.parametrize("main", [mmcpr.main, finetune.main])
+@pytest.mark.parametrize("damage, words", [
+    (None, "made with lr 0.001, not 0.002; pass the same options"),
+    (lambda b: b[:len(b) // 2], "not a checkpoint, or damaged"), (lambda b: b"", "not a checkpoint, or damaged")])
+def test_checkpoint_that_cannot_be_resumed(trained, capsys, monkeypatch, main, damage, words):
+    """Other options, or a damaged file: one line. Without --resume the run says that a checkpoint lies there."""
+    stop = lambda self, *state: (setattr(self, "asked", True), tick(self, *state))
+    tick = mmcpr.Checkpoint.tick
+    flags = ("--data", "shop", "--epochs", 2, "--eval-every", 1, "--out", "e.npz")
+    with monkeypatch.context() as patch:
+        patch.setattr(mmcpr.Checkpoint, "tick", stop)
+        assert run(main, *flags) == 2
+    path = next(trained.glob("e.npz*.ckpt"))
+    if damage:
+        path.write_bytes(damage(path.read_bytes()))
+    assert run(main, *flags, "--resume", *(() if damage else ("--lr", 0.002))) == 2
+    assert words in capsys.readouterr().err
+    assert run(main, *flags) == 0
+    assert "--resume would continue it" in capsys.readouterr().out and not path.exists()
+
+
+@pytest.mark.parametrize("script, options", [("mmcpr.py", ("--batch", "13")), ("mmcpr.py", ("--lam", "1", "--cima", "bce")),
+                                             ("finetune.py", ("--batch", "53"))])
+def test_two_processes_get_what_one_gets(trained, script, options):
+    """torchrun with two CPU processes: losses, history and embeddings of the single process, to rounding."""
+    command = [HERE / script, "--data", "shop", "--dim", "8", "--epochs", "6", "--eval-every", "2", *options]
+    outcomes = []
+    for launcher in ((), ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")):
+        output = ["--out", f"{len(launcher)}.npz", *(("--metrics", f"{len(launcher)}.json") if script == "finetune.py" else ())]
+        done = subprocess.run([sys.executable, *launcher, *command, *output], env=ONE_THREAD, capture_output=True,
+                              timeout=120)
+        assert done.returncode == 0 and done.stdout.count(b"next: python") == 1, done
+        arrays = data.load_embeddings(output[1])
+        report = json.loads(Path(output[3]).read_text()) if len(output) > 2 else arrays["meta"]["report"]
+        outcomes.append((arrays["user"], arrays["item"], report["history"]))
+    (user, item, history), (user2, item2, history2) = outcomes
+    np.testing.assert_allclose(user2, user, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(item2, item, rtol=1e-4, atol=1e-6)
+    assert len(history) == len(history2) >= 3
+    for one, two in zip(history, history2):
+        assert two == pytest.approx(one, rel=1e-4)
+
+
 @pytest.mark.parametrize("main, flag", [(mmcpr.main, "--out"), (finetune.main, "--metrics"), (finetune.main, "--recommend")])
 @pytest.mark.parametrize("path", ["shop", "shop/items.csv/x"])
 def test_outputs_are_checked_before_the_work(trained, capsys, monkeypatch, main, flag, path):
