@@ -23,7 +23,7 @@ from tqdm import tqdm
 import data
 import metrics
 from mmcpr import (Checkpoint, add_checkpoint_arguments, device_name, first, lightgcn, one_after_the_other, processes,
-                   sparse_tensor, sum_gradients)
+                   sparse_product, sparse_tensor, sum_gradients)
 
 KS = (20, 40, 60)
 
@@ -50,7 +50,7 @@ class LightGCN(nn.Module):
     @torch.no_grad()
     def layers(self):
         """E^(0), ..., E^(L), each [n_users + n_items, d]; LayerRows gives them their gradient."""
-        return lightgcn(self.E0.detach(), self.A.matmul, self.n_layers)
+        return lightgcn(self.E0.detach(), lambda x: sparse_product(self.A, x), self.n_layers)
 
     def embed(self):
         """(user [n_users, d], item [n_items, d]), the means over layers, whose products are the scores."""
@@ -75,7 +75,7 @@ class LayerRows(torch.autograd.Function):
     def backward(ctx, g):
         G = g.new_zeros(ctx.n, g.shape[2]).index_add_(0, ctx.rows[-1], g[-1])
         for l in reversed(range(len(g) - 1)):
-            G = (ctx.P @ G).index_add_(0, ctx.rows[l], g[l])
+            G = sparse_product(ctx.P, G).index_add_(0, ctx.rows[l], g[l])
         return G, None, None, None
 
 
