@@ -25,6 +25,7 @@ import scipy.sparse as sp
 import torch
 from PIL import Image
 
+import bench
 import data
 import finetune
 import metrics
@@ -90,18 +91,6 @@ def test_metrics_ideal_is_cut_at_k():
     assert got == pytest.approx({"recall@2": 2 / 3, "ndcg@2": 1})
 
 
-def metrics_by_loop(user, item, seen, truth, k):
-    recall, ndcg = [], []
-    for u in range(len(user)):
-        wanted = set(truth[u].indices)
-        if wanted:
-            order = sorted(set(range(len(item))) - set(seen[u].indices), key=lambda i: -float(user[u] @ item[i]))[:k]
-            gain = sum(1 / np.log2(place + 2) for place, i in enumerate(order) if i in wanted)
-            recall.append(len(wanted & set(order)) / len(wanted))
-            ndcg.append(gain / sum(1 / np.log2(place + 2) for place in range(min(k, len(wanted)))))
-    return {f"recall@{k}": np.mean(recall), f"ndcg@{k}": np.mean(ndcg)}
-
-
 @pytest.mark.parametrize("chunk", [1, 60, 1 << 20])
 def test_metrics_against_the_loop(monkeypatch, chunk):
     """Users without a test item are left out of the mean; k above the number of candidates is fine; chunks do not matter."""
@@ -112,7 +101,8 @@ def test_metrics_against_the_loop(monkeypatch, chunk):
     user, item = (torch.from_numpy(rng.normal(size=(n, 4))) for n in (17, 25))
     for k in (1, 5, 24, 60):
         got = metrics.evaluate(user, item, seen, truth, (k,))
-        assert got == pytest.approx(metrics_by_loop(user.numpy(), item.numpy(), seen, truth, k), abs=1e-12)
+        tested = np.flatnonzero(np.diff(truth.indptr))
+        assert got == pytest.approx(bench.plain_evaluate(user, item, seen, truth, k, tested), abs=1e-12)
 
 
 def test_ranking_leaves_out_seen_items():
@@ -152,6 +142,18 @@ def test_co_interaction_keeps_the_smaller_form():
     sparse, dense = data.co_interaction(binary(rng, 300, 40, 0.03)), data.co_interaction(binary(rng, 50, 40, 0.9))
     assert sparse.A is None and 2 * sparse.R.nnz + sparse.E.nnz < sparse.n_neighbours.sum()
     assert dense.R is None and dense.A.nnz == dense.n_neighbours.sum() == 50 * 49
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_sparse_product_against_the_dense_one(dtype):
+    """Empty rows are 0; x may be a view that is not contiguous."""
+    rng = np.random.default_rng(4)
+    matrix = sp.random_array((9, 13), density=0.3, format="csr", rng=rng)
+    matrix = sp.csr_matrix(matrix.multiply(np.arange(9)[:, None] != 4))
+    x = torch.from_numpy(rng.normal(size=(5, 13))).to(dtype).T
+    got = mmcpr.sparse_product(mmcpr.sparse_tensor(matrix, dtype=dtype), x)
+    torch.testing.assert_close(got, torch.from_numpy(matrix.toarray()).to(dtype) @ x)
+    assert not got[4].any()
 
 
 def test_lightgcn_layers_against_the_neighbourhood_loop():
@@ -287,6 +289,7 @@ def test_objective_is_the_weighted_sum(lam, bias):
     plain1 = mmcpr.cima(projected[some, 0], projected[some, 1])
     plain = lam * plain1 + (1 - lam) * plain2
     torch.testing.assert_close(loss, plain)
+    torch.testing.assert_close(bench.plain_objective(model, train, rows, some, 5.0, lam), plain)
     assert l1.item() == pytest.approx(plain1.item() if lam > 0 else 0)
     assert l2.item() == pytest.approx(plain2.item() if lam < 1 else 0)
     for name, g, want in zip(dict(model.named_parameters()), got, torch.autograd.grad(plain, list(model.parameters()))):
@@ -353,8 +356,11 @@ def test_mixgcf_against_the_loop(M):
     fast = finetune.mixgcf_loss(model, users, positives, candidates, alpha, 0.3)
     layers = mmcpr.lightgcn(model.E0, model.A.to_dense().matmul, 3)
     slow = mixgcf_by_loop(layers, users, positives, candidates, alpha, 0.3)
-    torch.testing.assert_close(fast, slow)
-    torch.testing.assert_close(*(torch.autograd.grad(loss, model.E0)[0] for loss in (fast, slow)))
+    plain = bench.plain_mixgcf_loss(model.E0, model.A.to_dense().to_sparse_coo(), 3, users, positives, candidates, alpha, 0.3)
+    gradient, *others = (torch.autograd.grad(loss, model.E0)[0] for loss in (fast, slow, plain))
+    for value, g in zip((slow, plain), others):
+        torch.testing.assert_close(fast, value)
+        torch.testing.assert_close(gradient, g)
 
 
 def test_negatives_are_uniform_over_what_the_user_has_not():
@@ -367,6 +373,34 @@ def test_negatives_are_uniform_over_what_the_user_has_not():
     for row, free in ((0, 3), (1, 4)):  # chi-square, 99.9 % quantile of free - 1 degrees of freedom at most 16.3
         observed = count(row)[count(row) > 0]
         assert len(observed) == free and ((observed - 4000 / free) ** 2 / (4000 / free)).sum() < 16.3
+
+
+def test_epochs_are_those_of_a_plain_trainer(trained, monkeypatch):
+    """Every epoch's loss, over several, is that of MixGCF written out, with torch's plain Adam, given the same draws."""
+    draws, loss = [], finetune.mixgcf_loss
+
+    def spy(model, *drawn):
+        draws.append((model.E0.detach().clone(), *drawn))
+        return loss(model, *drawn)
+
+    monkeypatch.setattr(finetune, "mixgcf_loss", spy)
+    assert run(finetune.main, "--data", "shop", "--epochs", 6, "--eval-every", 1, "--batch", 50, "--lr", 0.05, "--candidates", 5,
+               "--metrics", "m.json") == 0
+    train = data.split_dataset(data.load("shop", contents=False)).train
+    E0 = torch.nn.Parameter(draws[0][0])
+    P = finetune.LightGCN(train, E0[:40].detach(), E0[40:].detach()).A.to_dense().to_sparse_coo()
+    optimizer = torch.optim.Adam([E0], lr=0.05, foreach=False, fused=False)
+    losses = []
+    for _, users, *drawn in draws:
+        value = bench.plain_mixgcf_loss(E0, P, 3, users, *drawn)
+        optimizer.zero_grad()
+        (value / len(users)).backward()
+        optimizer.step()
+        losses.append(value.item())
+    steps = -(-train.nnz // 50)
+    want = [sum(losses[k:k + steps]) / train.nnz for k in range(0, len(losses), steps)]
+    assert [point["loss"] for point in json.loads(Path("m.json").read_text())["history"]][1:] == pytest.approx(want, rel=1e-4)
+    assert want[-1] < 0.95 * want[0]
 
 
 def test_initial_scale_and_missing_side():
@@ -570,7 +604,7 @@ def outcome(script, folder):
 
 @pytest.mark.parametrize("script", ["mmcpr.py", "finetune.py"])
 def test_interrupted_run_goes_on_to_the_same_bits(tmp_path, script):
-    """The real command, killed again and again at whatever moment, SIGTERM once, then resumed: as if never interrupted."""
+    """The real command, killed with -9 at whatever moment, resumed, sent SIGTERM, resumed: as if never interrupted."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     command = [sys.executable, HERE / script, *RUNS[script], "--out", "result.npz"]
     checkpoint = cut / ("result.npz.ckpt" if script == "mmcpr.py" else "m.json.finetune.ckpt")
@@ -578,7 +612,7 @@ def test_interrupted_run_goes_on_to_the_same_bits(tmp_path, script):
         folder.mkdir()
         write_shop(folder / "shop")
     reference = subprocess.Popen(command, cwd=whole, env=ONE_THREAD, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    for how in (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL):
+    for how in (signal.SIGKILL, signal.SIGTERM):
         before = checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
         process = subprocess.Popen([*command, "--resume", "--checkpoint-every", "0"], cwd=cut, env=ONE_THREAD,
                                    stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -619,26 +653,24 @@ def test_checkpoint_that_cannot_be_resumed(trained, capsys, monkeypatch, main, d
     assert "--resume would continue it" in capsys.readouterr().out and not path.exists()
 
 
-@pytest.mark.parametrize("script, options", [("mmcpr.py", ("--batch", "13")), ("mmcpr.py", ("--lam", "1", "--cima", "bce")),
-                                             ("finetune.py", ("--batch", "53"))])
-def test_two_processes_get_what_one_gets(trained, script, options):
-    """torchrun with two CPU processes: losses, history and embeddings of the single process, to rounding."""
-    command = [HERE / script, "--data", "shop", "--dim", "8", "--epochs", "6", "--eval-every", "2", *options]
-    outcomes = []
-    for launcher in ((), ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")):
-        output = ["--out", f"{len(launcher)}.npz", *(("--metrics", f"{len(launcher)}.json") if script == "finetune.py" else ())]
-        done = subprocess.run([sys.executable, *launcher, *command, *output], env=ONE_THREAD, capture_output=True,
-                              timeout=120)
-        assert done.returncode == 0 and done.stdout.count(b"next: python") == 1, done
-        arrays = data.load_embeddings(output[1])
-        report = json.loads(Path(output[3]).read_text()) if len(output) > 2 else arrays["meta"]["report"]
-        outcomes.append((arrays["user"], arrays["item"], report["history"]))
-    (user, item, history), (user2, item2, history2) = outcomes
-    np.testing.assert_allclose(user2, user, rtol=1e-4, atol=1e-6)
-    np.testing.assert_allclose(item2, item, rtol=1e-4, atol=1e-6)
-    assert len(history) == len(history2) >= 3
-    for one, two in zip(history, history2):
-        assert two == pytest.approx(one, rel=1e-4)
+@pytest.mark.parametrize("module, options", [(mmcpr, ("--batch", "13")), (mmcpr, ("--lam", "1", "--cima", "bce")),
+                                             (finetune, ("--batch", "53"))])
+def test_two_processes_get_what_one_gets(trained, module, options):
+    """torchrun with two CPU processes: losses, validation and embeddings of the single process, to rounding; one report."""
+    flags = ("--data", "shop", "--dim", "8", "--epochs", "6", "--eval-every", "2", *options)
+    outputs = [("--out", f"{k}.npz", *(("--metrics", f"{k}.json") if module is finetune else ())) for k in (1, 2)]
+    assert run(module.main, *flags, *outputs[0]) == 0
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", module.__file__)
+    done = subprocess.run([*launcher, *flags, *outputs[1]], env=ONE_THREAD, capture_output=True, timeout=120)
+    assert done.returncode == 0 and done.stdout.count(b"next: python") == 1, done
+    one, two = (data.load_embeddings(output[1]) for output in outputs)
+    for side in ("user", "item"):
+        np.testing.assert_allclose(two[side], one[side], rtol=1e-4, atol=1e-6)
+    histories = [json.loads(Path(output[3]).read_text())["history"] if module is finetune else arrays["meta"]["report"]["history"]
+                 for output, arrays in zip(outputs, (one, two))]
+    assert len(histories[0]) == len(histories[1]) >= 3
+    for a, b in zip(*histories):
+        assert {k: v for k, v in b.items() if v is not None} == pytest.approx({k: v for k, v in a.items() if v is not None}, rel=1e-4)
 
 
 @pytest.mark.parametrize("main, flag", [(mmcpr.main, "--out"), (finetune.main, "--metrics"), (finetune.main, "--recommend")])
@@ -1769,3 +1801,31 @@ def test_mmrec_id_too_large_for_a_table(tmp_path, capsys):
     assert prepare(put(tmp_path / "x", {"x.inter": INTER.replace("\n2\t2", "\n2\t2000000000", 1)})) == 2
     message = only_error(capsys)
     assert "data row 3" in message and "2000000000" in message
+
+
+# --- bench.py -------------------------------------------------------------------------------------------------------
+
+def test_generated_graph_has_the_counts_and_a_long_tail(tmp_path, monkeypatch):
+    user, item, of_user, of_item = bench.generate(600, 300, 5000)
+    assert len(user) == 5000 == len(np.unique(user * 300 + item)) and len(of_user) == 600 and len(of_item) == 300
+    assert user.max() < 600 and item.max() < 300
+    for degree in (np.bincount(user), np.bincount(item)):
+        assert degree.max() > 4 * np.median(degree)
+    monkeypatch.setitem(bench.SIZES, "vg", (600, 300, 5000))
+    assert run(bench.main, "--data", "vg", "--write", tmp_path / "made") == 0
+    dataset = data.load(str(tmp_path / "made"))
+    assert len(dataset.users) == 5000 and data.features(dataset, "RTV")["R"].shape == (5000, 512)
+    assert run(bench.main, "--data", "demo", "--write", tmp_path / "made") == 2
+
+
+def test_benchmark_compares_before_it_measures(trained, capsys, monkeypatch):
+    """The whole table on a tiny folder; a fast path that computes something else stops it."""
+    monkeypatch.setattr(bench, "alone", lambda function, *args: function(*args))
+    assert run(bench.main, "--data", "shop") == 0
+    out = capsys.readouterr().out
+    for what in ("user graph: building", "item graph: product", "fine-tuning, an epoch", "evaluation of", "pre-training, an epoch"):
+        assert f"| shop | {what}" in out
+    loss = finetune.mixgcf_loss
+    monkeypatch.setattr(finetune, "mixgcf_loss", lambda *args: 1.001 * loss(*args))
+    assert run(bench.main, "--data", "shop") == 2
+    assert "MixGCF's loss: fast and plain differ by" in capsys.readouterr().err
