@@ -464,7 +464,7 @@ class PMGT(Items):
         at = (low + (torch.rand(len(rows)) * (high - low)).long()).clamp(max=max(self.graph.nnz - 1, 0))
         near = torch.from_numpy(self.graph.indices[at.numpy()]).long() if self.graph.nnz else rows
         far = torch.randint(self.n_items, (len(rows),))
-        linked = torch.from_numpy(np.asarray(self.graph[np.array(rows), np.array(far)]).ravel() > 0) | (far == rows)
+        linked = torch.from_numpy(np.asarray(self.graph[rows.numpy().copy(), far.numpy().copy()]).ravel() > 0) | (far == rows)
         z, z_near, z_far = self.pool(self.encode(torch.cat([rows, near, far]))[0][:, 0]).chunk(3)
         score = torch.cat([F.cosine_similarity(z, z_near)[has], F.cosine_similarity(z, z_far)[~linked]])
         true = torch.arange(len(score)) < has.sum()

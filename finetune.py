@@ -22,8 +22,8 @@ from tqdm import tqdm
 
 import data
 import metrics
-from mmcpr import (Checkpoint, add_checkpoint_arguments, device_name, first, lightgcn, one_after_the_other, processes,
-                   sparse_product, sparse_tensor, sum_gradients)
+from mmcpr import (Checkpoint, add_checkpoint_arguments, device_name, digest, first, lightgcn, one_after_the_other, processes,
+                   sparse_product, sparse_tensor, sum_gradients, wait_for_all)
 
 KS = (20, 40, 60)
 
@@ -367,8 +367,8 @@ def arguments():
     return parser
 
 
-def work(args, path):
-    """What main does once the flags are checked; path: of the checkpoint."""
+def work(args):
+    """What main does once the flags are checked."""
     arrays, known = read_init(args.init, args)
     args.dim = args.dim or 64
     if args.missing_side == "mean" and arrays is None:
@@ -377,10 +377,16 @@ def work(args, path):
         dataset, parts, source = data.open_data(args, known, contents=False)
     if arrays is not None:
         check_same_split(args.init, arrays, dataset, parts)
-    same = {name: value for name, value in vars(args).items() if name not in data.DATA_DEFAULTS and
-            name not in ("resume", "checkpoint_every", "metrics", "out", "recommend")}
-    with Checkpoint(path, same | {"training interactions": parts.fingerprint}, args.resume, args.checkpoint_every) as checkpoint:
+    options = {name: value for name, value in vars(args).items() if name not in data.DATA_DEFAULTS and
+               name not in ("init", "resume", "checkpoint_every", "metrics", "out", "recommend")}
+    tables = [arrays[side] for side in ("user", "item") if side in arrays] if arrays else []
+    path = f"finetune.{digest(options, parts, tables)}.ckpt"
+    with Checkpoint(path, args.resume, args.checkpoint_every) as checkpoint:
         results = checkpoint.results
+        lost = next((p for p in (args.out, args.recommend) if results and p and not os.path.exists(p)), None)
+        if lost:
+            raise data.InputError(f"{lost}: belongs to seed {args.seeds[0]}, which was finished without it; leave it out, or leave "
+                                  "--resume out to start anew")
         for seed in args.seeds[len(results):]:
             result, user, item = finetune(parts, arrays, args, seed, args.device, checkpoint)
             results.append({"data": source["data"], "init": args.init, "scale": args.scale, **result})
@@ -388,8 +394,10 @@ def work(args, path):
                 write_outputs(args, results, user, item, dataset, parts, source)
             if result["interrupted"]:
                 break
+            checkpoint.save()
     print_results(results, args.init)
     if results[-1]["interrupted"]:
+        wait_for_all()
         raise data.InputError(f"interrupted in seed {seed} at epoch {result['epochs_run']}; its best epoch so far, "
                               f"{result['epoch']}, was tested; the same command with --resume goes on")
     checkpoint.remove()
@@ -405,10 +413,9 @@ def main(argv=None):
     args = arguments().parse_args(argv)
     if not (0 < args.lr < np.inf and 0 <= args.l2 < np.inf):
         raise data.InputError("--lr must be above 0, --l2 at least 0, both finite")
-    path = f"{args.metrics or args.out or os.path.basename(args.init)}.finetune.ckpt"
-    data.check_outputs(args.metrics, args.out, args.recommend, path)
+    data.check_outputs(args.metrics, args.out, args.recommend)
     with processes(args.device):
-        work(args, path)
+        work(args)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,9 @@ Symbols, as in the paper. Users u have reviews (R) and the user graph G_u (G); i
 """
 import argparse
 import contextlib
+import hashlib
 import io
+import json
 import os
 import platform
 import signal
@@ -215,7 +217,7 @@ class FullBlockBCE(torch.autograd.Function):
             part = slice(lo, lo + step)
             s = torch.addmm(bias[part], user, item[part].T)                               # [B, c]
             p = s.sigmoid()
-            # softplus(s) = max(s, 0) - log max(p, 1 - p), in a seventh of the time F.softplus takes on a CPU
+            # softplus(s) = max(s, 0) - log max(p, 1 - p), in a seventh of F.softplus's time on a CPU, to 6e-8 a score
             total += s.clamp_(min=0).sum() - (p - 0.5).abs_().add_(0.5).log_().sum()
             g_user.addmm_(p, item[part])
             g_item[part].addmm_(p.T, user)
@@ -321,8 +323,14 @@ def processes(device):
     dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(days=1))
     with contextlib.nullcontext() if first() else contextlib.redirect_stdout(io.StringIO()):
         yield
-    dist.barrier()  # none leaves while another still talks to it
+    wait_for_all()
     dist.destroy_process_group()
+
+
+def wait_for_all():
+    """None leaves while another still talks to it, or writes: torchrun ends the rest."""
+    if dist.is_initialized():
+        dist.barrier()
 
 
 def first():
@@ -333,11 +341,11 @@ def first():
 @contextlib.contextmanager
 def one_after_the_other():
     """The first process goes through first: what it downloads, extracts and caches is there for the others."""
-    if dist.is_initialized() and not first():
-        dist.barrier()
+    if not first():
+        wait_for_all()
     yield
-    if dist.is_initialized() and first():
-        dist.barrier()
+    if first():
+        wait_for_all()
 
 
 def sum_gradients(model):
@@ -347,36 +355,46 @@ def sum_gradients(model):
             metrics.all_sum(parameter.grad)
 
 
+def digest(options, parts, arrays):
+    """Twelve hex digits of all that a run depends on: its options, the split, and the arrays it starts from."""
+    sha = hashlib.sha256(json.dumps(options, sort_keys=True, default=str).encode())
+    for array in (*(x for m in (parts.train, parts.valid, parts.test) for x in (m.indptr, m.indices)), *arrays):
+        sha.update(np.ascontiguousarray(array))
+    return sha.hexdigest()[:12]
+
+
 class Checkpoint:
     """The state of a run: saved every few minutes, at Ctrl-C and at SIGTERM; --resume continues it bit by bit.
 
-    with Checkpoint(path, same, resume) as checkpoint: catches both signals; the step under way is finished first, a second
-    Ctrl-C does not wait for it. same: a dict of what must be the same in the run that resumes. results: what else the run has
-    found so far, saved along. Without a path nothing is saved and no signal is caught.
+    with Checkpoint(path, resume) as checkpoint: catches both signals; the step under way is finished first, a second Ctrl-C
+    does not wait for it. The path carries the run's digest, so that no run finds, overwrites or deletes another's. results: what
+    the run has finished, saved along. Without a path nothing is saved and no signal is caught.
     """
 
-    def __init__(self, path=None, same=None, resume=False, every=180):
-        self.path, self.same, self.every, self.results = path, same, every, []
+    def __init__(self, path=None, resume=False, every=180):
+        self.path, self.every, self.results = path, every, []
         self.saved, self.asked, self.state, self.handlers = time.time(), False, None, {}
         if path is None or not Path(path).exists():
             if resume:
-                print(f"{path}: no such checkpoint; starting from the beginning")
+                print(f"{path}: no checkpoint of this data and these options; starting from the beginning")
         elif not resume:
-            print(f"{path}: checkpoint of an interrupted run; --resume would continue it, this run starts anew")
+            print(f"{path}: checkpoint of this run, interrupted; --resume would continue it, now it starts anew")
         else:
-            try:
+            with self.readable():
                 self.state = torch.load(path, map_location="cpu", weights_only=True)
-                made, self.results = self.state["same"], self.state["results"]
-            except Exception:  # zipfile, pickle and torch each raise their own on a damaged file
-                raise data.InputError(f"{path}: not a checkpoint, or damaged; delete it and start anew") from None
-            if made != same:
-                other = next(name for name in same if made.get(name) != same[name])
-                raise data.InputError(f"{path}: made with {other} {made.get(other)}, not {same[other]}; pass the same options, or "
-                                      "leave --resume out to start anew")
+                self.results = self.state["results"]
+
+    @contextlib.contextmanager
+    def readable(self):
+        """One line where the file is not what this program writes; zipfile, pickle and torch each raise their own."""
+        try:
+            yield
+        except Exception:
+            raise data.InputError(f"{self.path}: not a checkpoint of this version, or damaged; delete it and start anew") from None
 
     def __enter__(self):
-        def ask(*_):
-            if self.asked:
+        def ask(number, _):
+            if self.asked and number == signal.SIGINT and not dist.is_initialized():
                 raise KeyboardInterrupt
             self.asked = True
         self.handlers = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -389,26 +407,36 @@ class Checkpoint:
     def restore(self, run, model, optimizer):
         """`run` of the checkpoint, its model, optimiser and random state put back; `run` as it is where there is none."""
         state, self.state = self.state, None
-        if state is None:
+        if state is None or state["run"] is None:
             return run
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["random"])
-        device = next(model.parameters()).device
-        print(f"{self.path}: goes on in epoch {state['run']['epoch']}")
-        return {name: x.to(device) if torch.is_tensor(x) and torch.is_tensor(run[name]) else x for name, x in state["run"].items()}
+        with self.readable():
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            torch.set_rng_state(state["random"])
+            device = next(model.parameters()).device
+            restored = {name: x.to(device) if torch.is_tensor(x) and torch.is_tensor(run[name]) else x
+                        for name, x in state["run"].items()}
+        print(f"{self.path}: goes on in epoch {restored['epoch']}")
+        return restored
+
+    def save(self, run=None, model=None, optimizer=None):
+        self.saved = time.time()
+        if self.path is None or not first():
+            return
+        state = {"results": self.results, "run": run, "model": model and model.state_dict(),
+                 "optimizer": optimizer and optimizer.state_dict(), "random": torch.get_rng_state()}
+        try:
+            data.replace_file(self.path, lambda file: torch.save(state, file))
+        except (OSError, RuntimeError) as error:  # torch's own for a full disk
+            print(f"{self.path}: not saved ({str(error).splitlines()[0]}); training goes on", file=sys.stderr)
 
     def tick(self, run, model, optimizer):
         """After each step: saves where it is time or a signal came, and raises KeyboardInterrupt in the second case."""
         asked = self.asked
         if dist.is_initialized():  # all stop after the same step
             asked = bool(metrics.all_sum(torch.tensor(float(asked), device=next(model.parameters()).device)))
-        if self.path and (asked or time.time() - self.saved >= self.every):
-            if first():
-                state = {"same": self.same, "results": self.results, "run": run, "model": model.state_dict(),
-                         "optimizer": optimizer.state_dict(), "random": torch.get_rng_state()}
-                data.replace_file(self.path, lambda file: torch.save(state, file))
-            self.saved = time.time()
+        if asked or time.time() - self.saved >= self.every:
+            self.save(run, model, optimizer)
         if asked:
             raise KeyboardInterrupt
 
@@ -416,6 +444,8 @@ class Checkpoint:
         """At the end of a run that was not interrupted."""
         if first():
             Path(self.path).unlink(missing_ok=True)
+            for cut in Path(self.path).parent.glob(f".{Path(self.path).name}.*.tmp"):  # what a kill in mid-writing left
+                cut.unlink()
 
 
 # --- Pre-training ---------------------------------------------------------------------------------------------------
@@ -589,8 +619,8 @@ def arguments():
     return parser
 
 
-def work(args, path):
-    """What main does once the flags are checked; path: of the checkpoint."""
+def work(args):
+    """What main does once the flags are checked."""
     with one_after_the_other():
         dataset, parts, source = data.open_data(args, modalities=args.modalities)
         features = data.features(dataset, args.modalities, args.encoder, Path(source["data_dir"]),
@@ -600,7 +630,8 @@ def work(args, path):
     dataset.texts = dataset.images = dataset.reviews = None  # their features are made
     options = {name: value for name, value in vars(args).items() if name not in data.DATA_DEFAULTS and
                name not in ("out", "resume", "checkpoint_every")}
-    with Checkpoint(path, options | {"training interactions": parts.fingerprint}, args.resume, args.checkpoint_every) as checkpoint:
+    path = f"{args.out}.{digest(options, parts, features.values())}.ckpt"
+    with Checkpoint(path, args.resume, args.checkpoint_every) as checkpoint:
         user, item, report = pretrain(parts, features, args, args.device, checkpoint)
     meta = {"method": "MMCPR", "data": source, "options": options, "report": report,
             "versions": {"python": platform.python_version(), "numpy": np.__version__, "torch": torch.__version__}}
@@ -608,6 +639,7 @@ def work(args, path):
         data.save_embeddings(args.out, dataset, parts, user, item, meta)
     print_report(report)
     if report["interrupted"]:
+        wait_for_all()
         raise data.InputError(f"interrupted at epoch {report['epochs_run']}; {args.out} holds epoch {report['epoch']}, the best "
                               "so far; the same command with --resume goes on")
     checkpoint.remove()
@@ -620,10 +652,9 @@ def main(argv=None):
         raise data.InputError("--tau and --lr must be above 0 and finite")
     if args.lam > 0 and args.batch < 2:
         raise data.InputError("--batch must be at least 2 for CIMA; or pass --lam 0")
-    path = f"{args.out}.ckpt"
-    data.check_outputs(args.out, path)
+    data.check_outputs(args.out)
     with processes(args.device):
-        work(args, path)
+        work(args)
 
 
 if __name__ == "__main__":

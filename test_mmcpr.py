@@ -25,6 +25,7 @@ import scipy.sparse as sp
 import torch
 from PIL import Image
 
+import baselines
 import bench
 import data
 import finetune
@@ -607,16 +608,16 @@ def test_interrupted_run_goes_on_to_the_same_bits(tmp_path, script):
     """The real command, killed with -9 at whatever moment, resumed, sent SIGTERM, resumed: as if never interrupted."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     command = [sys.executable, HERE / script, *RUNS[script], "--out", "result.npz"]
-    checkpoint = cut / ("result.npz.ckpt" if script == "mmcpr.py" else "m.json.finetune.ckpt")
+    mtime = lambda: max((path.stat().st_mtime_ns for path in cut.glob("*.ckpt")), default=0)
     for folder in (whole, cut):
         folder.mkdir()
         write_shop(folder / "shop")
     reference = subprocess.Popen(command, cwd=whole, env=ONE_THREAD, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     for how in (signal.SIGKILL, signal.SIGTERM):
-        before = checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
+        before = mtime()
         process = subprocess.Popen([*command, "--resume", "--checkpoint-every", "0"], cwd=cut, env=ONE_THREAD,
                                    stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        while process.poll() is None and (not checkpoint.exists() or checkpoint.stat().st_mtime_ns == before):
+        while process.poll() is None and mtime() == before:
             time.sleep(0.01)
         time.sleep(0.15)  # some epochs on, in the middle of whatever it is doing
         process.send_signal(how)
@@ -624,33 +625,84 @@ def test_interrupted_run_goes_on_to_the_same_bits(tmp_path, script):
         assert (b"goes on in epoch" if before else b"starting from the beginning") in out, (out, err)
         assert process.returncode == (2 if how == signal.SIGTERM else -9) and b"Traceback" not in err
         assert how != signal.SIGTERM or b"--resume goes on" in err
-        assert checkpoint.exists()
+        assert len(list(cut.glob("*.ckpt"))) == 1
     subprocess.run([*command, "--resume"], cwd=cut, env=ONE_THREAD, check=True, capture_output=True, timeout=60)
-    assert reference.wait(60) == 0 and not checkpoint.exists()
+    assert reference.wait(60) == 0 and not [*cut.glob("*.ckpt"), *cut.glob(".*.tmp")]
     (user, item, report), (user_cut, item_cut, report_cut) = outcome(script, whole), outcome(script, cut)
     assert np.array_equal(user, user_cut) and np.array_equal(item, item_cut)
     assert report == report_cut
 
 
-@pytest.mark.parametrize("main", [mmcpr.main, finetune.main])
-@pytest.mark.parametrize("damage, words", [
-    (None, "made with lr 0.001, not 0.002; pass the same options"),
-    (lambda b: b[:len(b) // 2], "not a checkpoint, or damaged"), (lambda b: b"", "not a checkpoint, or damaged")])
-def test_checkpoint_that_cannot_be_resumed(trained, capsys, monkeypatch, main, damage, words):
-    """Other options, or a damaged file: one line. Without --resume the run says that a checkpoint lies there."""
-    stop = lambda self, *state: (setattr(self, "asked", True), tick(self, *state))
+@pytest.fixture
+def interrupted(trained, monkeypatch):
+    """A function that runs a command and interrupts it after its n-th step, as SIGTERM would."""
     tick = mmcpr.Checkpoint.tick
+
+    def command(main, *argv, after=1):
+        steps = [0]
+
+        def stop(self, *state):
+            steps[0] += 1
+            self.asked = self.asked or steps[0] == after
+            tick(self, *state)
+        with monkeypatch.context() as patch:
+            patch.setattr(mmcpr.Checkpoint, "tick", stop)
+            assert run(main, *argv) == 2
+        return trained
+    return command
+
+
+@pytest.mark.parametrize("main", [mmcpr.main, finetune.main])
+@pytest.mark.parametrize("damage", [
+    lambda path: path.write_bytes(path.read_bytes()[:500]), lambda path: path.write_bytes(b""),
+    lambda path: torch.save({"same": 1}, path), lambda path: torch.save({"results": [], "run": {}, "model": {}, "optimizer": {}}, path)])
+def test_damaged_checkpoint(interrupted, capsys, main, damage):
+    """One line. Without --resume the run says that a checkpoint lies there, and starts anew."""
     flags = ("--data", "shop", "--epochs", 2, "--eval-every", 1, "--out", "e.npz")
-    with monkeypatch.context() as patch:
-        patch.setattr(mmcpr.Checkpoint, "tick", stop)
-        assert run(main, *flags) == 2
-    path = next(trained.glob("e.npz*.ckpt"))
-    if damage:
-        path.write_bytes(damage(path.read_bytes()))
-    assert run(main, *flags, "--resume", *(() if damage else ("--lr", 0.002))) == 2
-    assert words in capsys.readouterr().err
+    path = next(interrupted(main, *flags).glob("*.ckpt"))
+    damage(path)
+    assert run(main, *flags, "--resume") == 2
+    assert "not a checkpoint of this version, or damaged; delete it" in capsys.readouterr().err
     assert run(main, *flags) == 0
     assert "--resume would continue it" in capsys.readouterr().out and not path.exists()
+
+
+@pytest.mark.parametrize("main, change", [
+    (mmcpr.main, ("--lr", 0.002)), (mmcpr.main, "text"), (finetune.main, ("--lr", 0.002)), (finetune.main, "init"),
+    (finetune.main, ("--split-seed", 1))])
+def test_checkpoint_of_other_options_or_inputs_is_left_alone(interrupted, capsys, main, change):
+    """Its name carries a digest: other options, features or initial tables start from the beginning and delete nothing."""
+    flags = ["--data", "shop", "--epochs", 2, "--eval-every", 1, "--out", "e.npz", *(("--init", "emb.npz") if change == "init" else ())]
+    folder = interrupted(main, *flags)
+    path = next(folder.glob("*.ckpt"))
+    if change == "text":
+        np.save(folder / "shop/item_text.npy", np.load(folder / "shop/item_text.npy")[::-1])
+    elif change == "init":
+        assert run(mmcpr.main, "--data", "shop", *QUICK, "--seed", 5) == 0
+    else:
+        flags += change
+    assert run(main, *flags, "--resume") == 0
+    assert "starting from the beginning" in capsys.readouterr().out and path.exists()
+
+
+def test_finished_seeds_are_not_lost_nor_claimed(interrupted, capsys):
+    """Interrupted in the second seed: the first is kept; a file only its run could have written is not promised."""
+    flags = ("--data", "shop", "--epochs", 2, "--seeds", 0, 1, "--dim", 8)
+    interrupted(finetune.main, *flags, "--metrics", "m.json", after=3)
+    assert [r["seed"] for r in json.loads(Path("m.json").read_text())["runs"]] == [0, 1]
+    assert run(finetune.main, *flags, "--metrics", "m.json", "--recommend", "recs.csv", "--resume") == 2
+    assert "recs.csv: belongs to seed 0" in capsys.readouterr().err
+    assert run(finetune.main, *flags, "--metrics", "m.json", "--resume") == 0
+    runs = json.loads(Path("m.json").read_text())["runs"]
+    assert [(r["seed"], r["interrupted"]) for r in runs] == [(0, False), (1, False)]
+
+
+def test_checkpoint_that_cannot_be_written_does_not_end_the_run(trained, capsys, monkeypatch):
+    save = torch.save
+    monkeypatch.setattr(torch, "save", lambda *args: (_ for _ in ()).throw(RuntimeError("enforce fail: disk full")))
+    assert run(mmcpr.main, "--data", "shop", *QUICK, "--checkpoint-every", 0) == 0
+    assert "not saved (enforce fail: disk full); training goes on" in capsys.readouterr().err
+    monkeypatch.setattr(torch, "save", save)
 
 
 @pytest.mark.parametrize("module, options", [(mmcpr, ("--batch", "13")), (mmcpr, ("--lam", "1", "--cima", "bce")),
@@ -1829,3 +1881,219 @@ def test_benchmark_compares_before_it_measures(trained, capsys, monkeypatch):
     monkeypatch.setattr(finetune, "mixgcf_loss", lambda *args: 1.001 * loss(*args))
     assert run(bench.main, "--data", "shop") == 2
     assert "MixGCF's loss: fast and plain differ by" in capsys.readouterr().err
+
+
+# --- baselines.py ---------------------------------------------------------------------------------------------------
+
+def weighted_ring():
+    """Five items in a ring with a chord, weights that differ; item 5 is alone."""
+    W = np.zeros((6, 6), np.float32)
+    for a, b, w in ((0, 1, 1.0), (1, 2, 3.0), (2, 3, 1.0), (3, 4, 2.0), (4, 0, 1.0), (0, 2, 2.0)):
+        W[a, b] = W[b, a] = w
+    return sp.csr_matrix(W)
+
+
+def test_item_graph_against_the_loop():
+    """PMGT's weights, and of each item the heaviest edges only."""
+    R = binary(np.random.default_rng(20), 30, 9, 0.3)
+    C, degree = (R.T @ R).toarray(), R.toarray().sum(0)
+    got = baselines.item_graph(R, 4).toarray()
+    for a in range(9):
+        want = {b: (np.log(C[a, b]) + 1) / (np.log(np.sqrt(degree[a] * degree[b])) + 1) for b in range(9) if b != a and C[a, b]}
+        heaviest = sorted(want.values(), reverse=True)[:4]
+        assert sorted(got[a][got[a] > 0], reverse=True) == pytest.approx(heaviest, rel=1e-5)
+        assert all(got[a, b] in (0, pytest.approx(want[b], rel=1e-5)) for b in want)
+
+
+@pytest.mark.parametrize("same_space", [True, False])
+def test_clip_is_the_pca_of_what_each_item_has(same_space):
+    """The mean over the modalities an item has, or both side by side; against numpy's SVD, whose signs are free."""
+    rng = np.random.default_rng(21)
+    features = {m: rng.normal(size=(12, 6)) for m in "TV"}
+    features["T"][2], features["V"][[3, 5]], features["T"][5] = np.nan, np.nan, np.nan
+    views = list(baselines.unit_rows(features, "TV").values())
+    got = baselines.clip(views, [v.any(1).float() for v in views], same_space, 4)
+    unit = {m: np.nan_to_num(x / np.linalg.norm(x, axis=1, keepdims=True)) for m, x in features.items()}
+    has = sum((~np.isnan(x[:, :1])).astype(float) for x in features.values())
+    x = (unit["T"] + unit["V"]) / np.maximum(has, 1) if same_space else np.concatenate([unit["T"], unit["V"]], 1)
+    some = np.delete(np.arange(12), 5)
+    x = x[some] - x[some].mean(0)
+    want = x @ np.linalg.svd(x)[2][:4].T
+    assert not got[5].any()
+    np.testing.assert_allclose(got[some].abs().numpy(), np.abs(want), rtol=1e-3, atol=1e-5)
+    assert baselines.clip(views, [v.any(1).float() for v in views], same_space, 20)[:, 12:].abs().max() == 0
+
+
+def test_mmgcn_aggregation_against_the_loop():
+    """Three layers, node by node, from the equations; an item without the modality starts from a zero row."""
+    rng = np.random.default_rng(22)
+    R = binary(rng, 5, 4, 0.5, empty_row=3)
+    torch.manual_seed(0)
+    views = baselines.unit_rows({"T": rng.normal(size=(4, 3)), "V": np.where(np.arange(4)[:, None] == 1, np.nan, rng.normal(size=(4, 300)))}, "TV")
+    model = baselines.MMGCN(R, views, 6, 10)
+    neighbours = [5 + R[u].indices for u in range(5)] + [R.T.tocsr()[i].indices for i in range(4)]
+    total = 0
+    for m, view in views.items():
+        item = torch.stack([model.mlp[m](v) if v.any() else torch.zeros(model.mlp[m].out_features) for v in view])
+        x = torch.nn.functional.normalize(torch.cat([model.preference[m], item]))
+        for W1, W2, W3 in model.W[m]:
+            rows = []
+            for n in range(9):
+                received = [W1(x[j]) for j in neighbours[n]]
+                h = torch.nn.functional.leaky_relu(sum(received) / len(received) if received else torch.zeros(6))
+                own = torch.nn.functional.leaky_relu(W2(x[n])) + model.id[n]
+                rows.append(torch.nn.functional.leaky_relu(W3(torch.cat([h, own]))))
+            x = torch.stack(rows)
+        total = total + x
+    torch.testing.assert_close(torch.cat(model()), total)
+    assert model.mlp["V"].out_features == 256 and model.mlp["T"].out_features == 3
+    grads = torch.autograd.grad(model.loss(torch.arange(3)), [model.id, *model.preference.values()])
+    assert all(g.any() for g in grads)  # trained, as the paper means
+
+
+def test_hgt_layer_against_the_loop():
+    torch.manual_seed(1)
+    layer, h = baselines.HGTLayer(6, 2), torch.randn(5, 6)
+    source, target = torch.tensor([0, 1, 2, 3, 0, 4]), torch.tensor([1, 0, 1, 1, 2, 2])
+    rows = []
+    for n in range(5):
+        o = torch.zeros(6)
+        for head in range(2):
+            part = slice(3 * head, 3 * head + 3)
+            sent = source[target == n]
+            if len(sent):
+                score = torch.stack([layer.q(h[n])[part] @ (layer.k(h[j])[part] @ layer.A[head]) * layer.p[head] / 3 ** 0.5 for j in sent])
+                o[part] = (score.softmax(0)[:, None] * torch.stack([layer.v(h[j])[part] @ layer.M[head] for j in sent])).sum(0)
+        s = torch.sigmoid(layer.skip)
+        rows.append(s * layer.out(torch.nn.functional.gelu(o)) + (1 - s) * h[n])
+    torch.testing.assert_close(layer(h, source, target), torch.stack(rows))
+
+
+def test_gptgnn_never_sees_the_edges_it_must_predict(monkeypatch):
+    """Neither direction of a held-out edge reaches the encoder; copies of the targets receive what they may see, send nothing."""
+    rng = np.random.default_rng(23)
+    torch.manual_seed(0)
+    model = baselines.GPTGNN(binary(rng, 60, 40, 0.15), torch.from_numpy(rng.normal(size=(40, 5))).float(), 8, 16, heads=2)
+    held, seen = [], []
+    encode, hold_out = model.encode, model.hold_out
+    monkeypatch.setattr(model, "encode", lambda x, s, t: seen.append((x, s, t)) or encode(x, s, t))
+    monkeypatch.setattr(model, "hold_out", lambda s, t, n, b: held.append((s, t, n, b, hold_out(s, t, n, b))) or held[-1][-1])
+    for targets in model.batches():
+        model.loss(targets)
+        (x, s, t), (source, target, n, b, out) = seen[-1], held[-1]
+        hidden = {frozenset(e) for e in zip(source[out].tolist(), target[out].tolist())}
+        observed = {frozenset(e) for e in zip(source[~out].tolist(), target[~out].tolist())}
+        assert hidden and not hidden & observed
+        real = t < n
+        assert not hidden & {frozenset(e) for e in zip(s[real].tolist(), t[real].tolist())}
+        assert not hidden & {frozenset(e) for e in zip(s[~real].tolist(), (t[~real] - n).tolist())}
+        assert s.max() < n and torch.equal(x[n:], model.init_emb.expand(b, -1))
+        touched = torch.minimum(source, target) < b
+        assert 0.3 < out[touched].float().mean() < 0.7 and not out[~touched].any()
+
+
+def test_intimacy_against_the_dense_inverse(monkeypatch):
+    """Rows of S = alpha (I - (1 - alpha) A D^-1)^-1, their k largest entries but the item's own; blocks do not matter."""
+    R = binary(np.random.default_rng(24), 50, 20, 0.08)
+    A = ((R.T @ R).toarray() > 0) * (1 - np.eye(20))
+    degree = np.maximum(A.sum(0), 1)
+    S = 0.15 * np.linalg.inv(np.eye(20) - 0.85 * A / degree)
+    np.fill_diagonal(S, -1)
+    index, value = baselines.intimacy(R, 4, steps=200, block=7)
+    np.testing.assert_allclose(value, -np.sort(-S, 1)[:, :4], atol=1e-5)
+    np.testing.assert_allclose(np.take_along_axis(S, index.numpy(), 1), value, atol=1e-5)
+
+
+def test_mcn_sampling_frequencies():
+    """One draw: neighbours in proportion to the weights. Two hops: the nearer hop counts more; short lists start again."""
+    graph, rng = weighted_ring(), np.random.default_rng(25)
+    first = np.concatenate([baselines.mcn_sampling(graph, rng, (1,), 1).numpy() for _ in range(4000)], 1)
+    for item in range(5):
+        share = np.bincount(first[item], minlength=6) / 4000
+        np.testing.assert_allclose(share, graph[[item]].toarray()[0] / graph[[item]].sum(), atol=0.035)
+    assert (first[5] == 5).all()
+    path = sp.csr_matrix(np.array([[0, 1, 0], [1, 0, 1], [0, 1, 0]], np.float32))
+    contexts = {tuple(baselines.mcn_sampling(path, rng, (3, 1), 3)[0].tolist()) for _ in range(50)}
+    assert contexts <= {(1, 2, 1), (1, 1, 1)} and (1, 2, 1) in contexts
+
+
+def test_diversity_attention_against_its_formula():
+    torch.manual_seed(2)
+    layer, h = baselines.DiverseLayer(6, 2, 0.3), torch.randn(2, 4, 6)
+    got = layer.attention(h)
+    for b in range(2):
+        for head in range(2):
+            part = slice(3 * head, 3 * head + 3)
+            q, k, e = (W(h[b])[:, part] for W in (layer.q, layer.k, layer.e))
+            unlike = torch.tensor([[1 - torch.cosine_similarity(e[x], e[y], dim=0).item() + (x == y) for y in range(4)] for x in range(4)])
+            want = 0.7 * (q @ k.T / 3 ** 0.5).softmax(1) + 0.3 * unlike.softmax(1)
+            torch.testing.assert_close(got[b, head], want)
+
+
+def test_pmgt_masks_context_tokens_only():
+    rng = np.random.default_rng(26)
+    torch.manual_seed(0)
+    views = baselines.unit_rows({"T": rng.normal(size=(20, 4)), "V": np.where(np.arange(20)[:, None] < 5, np.nan, 1.0) * rng.normal(size=(20, 3))}, "TV")
+    model = baselines.PMGT(binary(rng, 40, 20, 0.2), views, 8, 10)
+    _, items, hidden = model.encode(torch.arange(20), masked=True)
+    assert torch.equal(items[:, 0], torch.arange(20)) and not hidden[:, 0].any() and (hidden.sum(1) == 2).all()
+    text_only = model.project[0](model.views[0][:5])
+    torch.testing.assert_close(model.fuse(torch.arange(5)), text_only)  # a missing modality has no gate
+
+
+def test_gcnp_graphs_against_the_dense_ones():
+    """F (F^T H) against the n x n cosines, the 20 nearest against a sort; both with their gradients."""
+    rng = np.random.default_rng(27)
+    x = torch.nn.functional.normalize(torch.from_numpy(rng.normal(size=(30, 8)) + 1)).float()
+    h, g = (torch.from_numpy(rng.normal(size=(30, 3))).float().requires_grad_() for _ in range(2))
+    S = x @ x.T
+    near = torch.zeros_like(S)
+    for a in range(30):
+        for b in sorted(set(range(30)) - {a}, key=lambda b: -S[a, b])[:20]:
+            near[a, b] = S[a, b].clamp(min=0)
+    for operator, dense in ((baselines.CosineGraph(x), S), (baselines.NeighbourGraph(baselines.nearest_neighbours(x, 20, 7)), near)):
+        want = dense / dense.sum(1, keepdim=True) @ h + h
+        torch.testing.assert_close(operator(h), want, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(*(torch.autograd.grad((y * g).sum(), h)[0] for y in (operator(h), want)), rtol=1e-4, atol=1e-5)
+
+
+TRAINED = ("mmgcn", "gptgnn", "graphbert", "pmgt", "gcnp")
+
+
+@pytest.mark.parametrize("method", ["random", "clip", *TRAINED])
+def test_every_baseline_initialises_finetuning(trained, capsys, method):
+    """Its loss falls, validation chooses the learning rate, its emb.npz fine-tunes; two runs give the same bytes."""
+    command = ("--method", method, "--data", "shop", "--dim", 8, "--epochs", 12, "--batch", 64, "--eval-every", 3)
+    assert run(baselines.main, *command, "--lr", 0.01, "--out", "b.npz") == 0
+    arrays = data.load_embeddings("b.npz")
+    assert arrays["item"].shape == (30, 8) and ("user" in arrays) == (method in ("random", "mmgcn", "gcnp"))
+    assert arrays["meta"]["method"] == ("text+image" if method == "clip" else method)  # ready features are not CLIP's
+    if method in TRAINED:
+        history = arrays["meta"]["report"]["history"]
+        assert history[-1]["loss"] < history[0]["loss"]
+        assert run(baselines.main, *command, "--lr", 1e-6, 0.01, "--out", "two.npz") == 0
+        two = data.load_embeddings("two.npz")
+        trials = two["meta"]["report"]["trials"]
+        assert len(trials) == 2 and two["meta"]["report"]["recall@20"] == max(trial["recall@20"] for trial in trials)
+        assert trials[1] | {"seconds": 0} == arrays["meta"]["report"]["trials"][0] | {"seconds": 0}
+        assert two["meta"]["report"]["lr"] == (0.01 if trials[1]["recall@20"] > trials[0]["recall@20"] else 1e-6)
+    assert run(finetune.main, "--init", "b.npz", "--epochs", 1) == 0
+    assert "test, init b.npz" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("method", ["clip", *TRAINED])
+@pytest.mark.parametrize("modality", ["T", "V"])
+def test_baselines_take_a_single_modality(trained, method, modality):
+    assert run(baselines.main, "--method", method, "--data", "shop", "--dim", 8, "--epochs", 2, "--lr", 0.01, "--modalities", modality,
+               "--out", "b.npz") == 0
+
+
+@pytest.mark.parametrize("method", ["random", "clip", *TRAINED])
+def test_baselines_on_interactions_alone(tmp_path, capsys, monkeypatch, method):
+    """GCN-P falls back on the co-interaction graphs; what needs item features says that there is nothing for it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bare").mkdir()
+    data.write_csv(tmp_path / "bare/interactions.csv", ("user", "item"), shop(np.random.default_rng(0))[0])
+    code = run(baselines.main, "--method", method, "--data", "bare", "--dim", 8, "--epochs", 2, "--lr", 0.01)
+    assert code == (0 if method in ("random", "gcnp") else 2)
+    assert code == 0 or f"nothing for --method {method}" in capsys.readouterr().err
