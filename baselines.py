@@ -194,7 +194,8 @@ class GPTGNN(Items):
     itself keeps its attributes: against it the held-out neighbours must score above sources that are no neighbours, of the
     batch and of a queue of earlier batches that grows over 20 epochs (softmax of cosine / 0.1). L = (L_edge + L_attr) / 2.
     Not as the authors: the nodes of a step are the targets and `fan` drawn neighbours of each, not depth-6 HGSampling; the
-    255 negatives and the queue are shared by all targets of a step; Adam, not AdamW with a cycle.
+    255 negatives and the queue are shared by all targets of a step; Adam, not AdamW with a cycle. Both losses see directions
+    alone, so unit rows are handed over.
     """
 
     def __init__(self, train, x, dim, batch, layers=3, heads=4, cap=16, fan=4, dropout=0.2, queue=256):
@@ -264,7 +265,8 @@ class GPTGNN(Items):
 
     def embed(self):
         edges = self.A.tocoo()
-        return None, self.encode(self.x, torch.from_numpy(edges.col).long(), torch.from_numpy(edges.row).long())
+        h = self.encode(self.x, torch.from_numpy(edges.col).long(), torch.from_numpy(edges.row).long())
+        return None, F.normalize(h)
 
 
 # --- Graph-BERT (Zhang et al., arXiv 2001.05140) --------------------------------------------------------------------
@@ -653,8 +655,8 @@ def arguments():
                         "(default: the paper's grid, 1e-4 1e-3 1e-2)")
     parser.add_argument("--dim", type=data.positive, default=64)
     parser.add_argument("--batch", type=data.positive, default=2048, help="items, users or interactions in a step")
-    parser.add_argument("--epochs", type=data.positive, default=500, help="at most")
-    parser.add_argument("--patience", type=data.positive, default=50, help="epochs without a better validation Recall@20")
+    parser.add_argument("--epochs", type=data.positive, default=1000, help="at most")
+    parser.add_argument("--patience", type=data.positive, default=100, help="epochs without a better validation Recall@20")
     parser.add_argument("--eval-every", type=data.positive, default=5, help="epochs between two validations")
     parser.add_argument("--seed", type=data.non_negative, default=0)
     data.add_data_arguments(parser)

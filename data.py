@@ -1105,8 +1105,8 @@ def open_data(args, known=None, modalities="RTVG", contents=True):
 
 
 def keep_freed_memory():
-    """Tells glibc to keep what is freed: by default tables of this size go back to the system, which must clear every page
-    again at the next use: a quarter of a training epoch. Elsewhere nothing happens."""
+    """Tells glibc to keep what is freed: by default tables of this size go back to the system, which clears every page again
+    at the next use, in every step. With another C library nothing happens."""
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never give the heap's end back
