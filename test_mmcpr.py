@@ -1,5 +1,6 @@
 """The tests: python -m pytest -q. Every fast path against the plain loop that states its definition, in float64 where a
 formula is checked; the real command lines on tiny data; every documented error once. No network, GPU or other data."""
+import concurrent.futures
 import contextlib
 import csv
 import errno
@@ -31,6 +32,7 @@ import data
 import finetune
 import metrics
 import mmcpr
+import reproduce
 
 HERE = Path(__file__).parent
 
@@ -2097,3 +2099,82 @@ def test_baselines_on_interactions_alone(tmp_path, capsys, monkeypatch, method):
     code = run(baselines.main, "--method", method, "--data", "bare", "--dim", 8, "--epochs", 2, "--lr", 0.01)
     assert code == (0 if method in ("random", "gcnp") else 2)
     assert code == 0 or f"nothing for --method {method}" in capsys.readouterr().err
+
+
+# --- reproduce.py ---------------------------------------------------------------------------------------------------
+
+class InTurn(concurrent.futures.Executor):
+    """Runs what is submitted at once, in this thread: signal handlers can be set in the main one only."""
+
+    def __init__(self, jobs):
+        self.failed = False
+
+    def submit(self, function, *args):
+        future = concurrent.futures.Future()
+        if not self.failed:
+            try:
+                future.set_result(function(*args))
+            except Exception as error:
+                self.failed = True
+                future.set_exception(error)
+        return future
+
+
+@pytest.fixture
+def sweep(tmp_path, monkeypatch):
+    """(run a target on the shop with short runs in this process, the list of commands that were run)."""
+    monkeypatch.chdir(tmp_path)
+    write_shop(tmp_path / "shop")
+    ran, mains = [], {"mmcpr.py": mmcpr.main, "baselines.py": baselines.main, "finetune.py": finetune.main}
+
+    def command(self, script, *flags):
+        ran.append((script, *flags))
+        with contextlib.redirect_stderr(io.StringIO()) as err:
+            code = run(mains[script], *flags, "--epochs", 2, "--eval-every", 1)
+        if code:
+            raise data.InputError(err.getvalue())
+    monkeypatch.setattr(reproduce.Cells, "command", command)
+    monkeypatch.setattr(reproduce, "ThreadPoolExecutor", InTurn)
+    return lambda *argv: run(reproduce.main, *argv, "--data", "shop"), ran
+
+
+def test_all_tables_and_figures(sweep, capsys):
+    """Everything from an empty cache; the means are those of the cells; a second call runs nothing and prints the same."""
+    target, ran = sweep
+    assert target("all", "--seeds", 0, 1) == 0
+    folder, count = Path("results/shop"), len(ran)
+    for name in ("table1", "table2", "table3", "fig3", "fig4", "scale"):
+        assert (folder / f"{name}.md").read_text().strip() in capsys.readouterr().out + (folder / f"{name}.md").read_text()
+    for name in ("fig3", "fig4", "training"):
+        assert Image.open(folder / f"{name}.png").size[0] > 300
+    table2 = (folder / "table2.md").read_text()
+    for name in ("Random", "Random at MMCPR's RMS", "text+image", "MMGCN", "GPT-GNN", "Graph-BERT", "PMGT", "GCN-P", "MMCPR"):
+        assert f"| {name} |" in table2
+    cells = [json.loads(path.read_text()) for path in sorted((folder / "cells").glob("*.json"))]
+    plain = [c["finetune"]["test"]["recall@20"] for c in cells if c["pretraining"] is None and not c["finetuning"]]
+    assert len(plain) == 2 and f"| Random | {np.mean(plain):.4f} ± {np.std(plain, ddof=1):.4f} |" in table2
+    before = {path.name: path.read_bytes() for path in folder.glob("*.md")}
+    assert target("all", "--seeds", 0, 1) == 0
+    assert len(ran) == count and before == {path.name: path.read_bytes() for path in folder.glob("*.md")}
+
+
+def test_learning_rate_is_the_validations_choice(sweep):
+    target, ran = sweep
+    assert target("table3", "--seeds", 3) == 0
+    trials = [json.loads(path.read_text()) for path in Path("results/shop/cells").glob("*.json")]
+    trials = {c["pretraining"][2]: c["finetune"]["valid"]["recall@20"] for c in trials if len(c["pretraining"]) == 3}
+    assert set(trials) == {"1e-4", "1e-3", "1e-2"}
+    chosen = {command[2] for command in ran if command[0] == "mmcpr.py" and "--lam" in command}
+    assert len(chosen) == 1 and trials[chosen.pop()] == max(trials.values())
+
+
+def test_interrupted_sweep_goes_on_and_a_failing_cell_is_named(sweep, capsys, monkeypatch):
+    target, ran = sweep
+    command = reproduce.Cells.command
+    monkeypatch.setattr(reproduce.Cells, "command", lambda self, *c: command(self, *c) if len(ran) < 5 else command(self, *c, "--lr", "0"))
+    assert target("scale", "--seeds", 0) == 2
+    assert "--lr must be above 0" in capsys.readouterr().err
+    monkeypatch.setattr(reproduce.Cells, "command", command)
+    done, ran[:] = [c for c in ran if c[0] == "mmcpr.py"][:2], []
+    assert target("scale", "--seeds", 0) == 0
+    assert not {c[2] for c in ran if c[0] == "mmcpr.py"} & {c[2] for c in done}

@@ -1,0 +1,284 @@
+"""Every table and figure of the paper: python reproduce.py table2 --data demo --seeds 0 1 2 3 4
+
+    table1    counts of the data set                     table2    all systems of baselines.py beside MMCPR
+    table3    MMCPR without CIMA, without BCE            fig3      subsets of the modalities
+    scale     what share is only the initial scale       fig4      the loss weight, both forms of CIMA
+    all       all of them
+
+A cell is one pre-training and one fine-tuning, by the commands a reader would type. What it found is kept as JSON in
+results/<data>/cells, named after those commands: an interrupted sweep goes on, a second call only prints. Pre-training is
+repeated for every seed, the split stays. Each system's learning rate is chosen on the first seed, from the paper's grid, by the
+validation Recall@20 after fine-tuning; the test interactions of the others are never looked at.
+"""
+import argparse
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+
+import numpy as np
+from scipy import stats
+from tqdm import tqdm
+
+import data
+
+HERE = Path(__file__).resolve().parent
+GRID = ("1e-4", "1e-3", "1e-2")
+METRICS = [f"{name}@{k}" for name in ("recall", "ndcg") for k in (20, 40, 60)]
+SYSTEMS = {"Random": "random", "CLIP": "clip", "MMGCN": "mmgcn", "GPT-GNN": "gptgnn", "Graph-BERT": "graphbert", "PMGT": "pmgt",
+           "GCN-P": "gcnp", "MMCPR": "mmcpr"}
+PAPER = {  # Recall@20 of the paper's Table 2
+    "vg": (.1571, .1712, .1703, .1659, .1696, .1718, .1916, .1939), "tg": (.0876, .0967, .0966, .0931, .1034, .1024, .1025, .1067),
+    "sharee": (.1059, .1135, .1106, .1090, .1074, .1077, .1382, .1392)}
+
+
+# --- Cells ----------------------------------------------------------------------------------------------------------
+
+class Cells:
+    """Runs cells, `jobs` at a time, and keeps what they found."""
+
+    def __init__(self, source, folder, jobs):
+        """source: the --data flags, the same for every command; folder: results/<data>."""
+        self.source, self.folder, self.jobs = source, folder, jobs
+        for name in ("cells", "tables"):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+        self.environment = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
+
+    def name(self, *command):
+        return hashlib.sha256(json.dumps([self.source, command]).encode()).hexdigest()[:16]
+
+    def command(self, script, *flags):
+        """Runs one of the project's scripts; InputError with its own last line where it fails."""
+        done = subprocess.run([sys.executable, str(HERE / script), *flags], env=self.environment, capture_output=True, text=True)
+        if done.returncode:
+            raise data.InputError(f"{script} {' '.join(flags)}: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
+
+    def run(self, pretraining, finetuning, seed):
+        """One cell: (flags of mmcpr.py or baselines.py, or None for a random start; flags of finetune.py; seed) -> its JSON.
+
+        None where baselines.py says that this data has nothing for the method.
+        """
+        path = self.folder / "cells" / f"{self.name(pretraining, finetuning, seed)}.json"
+        if path.exists():
+            return json.loads(path.read_text())
+        init, report = "random", None
+        if pretraining:
+            init = str(self.folder / "tables" / f"{self.name(pretraining, seed)}.npz")
+            if not os.path.exists(init):
+                try:
+                    self.command(*pretraining, *self.source, "--seed", str(seed), "--out", init)
+                except data.InputError as error:
+                    if "nothing for --method" not in str(error):
+                        raise
+                    return None
+            meta = data.load_embeddings(init)["meta"]
+            report = meta["report"] | {"method": meta["method"]}
+        metrics = path.with_suffix(".tmp")
+        self.command("finetune.py", "--init", init, *(() if pretraining else self.source), *finetuning, "--seeds", str(seed),
+                     "--metrics", str(metrics))
+        cell = {"pretraining": pretraining, "finetuning": finetuning, "seed": seed, "report": report,
+                "finetune": json.loads(metrics.read_text())}
+        data.replace_file(path, lambda file: json.dump(cell, file, indent=1), "w")
+        metrics.unlink()
+        return cell
+
+    def all(self, wanted, what):
+        """The cells of a list of (pretraining, finetuning, seed), in order, with a bar over those that must be run."""
+        with ThreadPoolExecutor(self.jobs) as pool:
+            futures = [pool.submit(self.run, *cell) for cell in wanted]
+            try:
+                for future in tqdm(as_completed(futures), total=len(futures), desc=what, unit="cell"):
+                    future.result()
+            except BaseException:
+                for future in futures:
+                    future.cancel()
+                raise
+            return [future.result() for future in futures]
+
+
+def pretraining(system, *flags):
+    """The command that makes a system's tables; None for a random start."""
+    if system == "random":
+        return None
+    return ("mmcpr.py", *flags) if system == "mmcpr" else ("baselines.py", "--method", system, *flags)
+
+
+def choose_rates(cells, systems, seed):
+    """{system: its learning-rate flags}: of the grid, the best validation Recall@20 after fine-tuning, first seed only."""
+    trained = [system for system in systems if system not in ("random", "clip")]
+    found = cells.all([(pretraining(system, "--lr", lr), (), seed) for system in trained for lr in GRID], "learning rates")
+    chosen = {system: () for system in systems}
+    for n, system in enumerate(trained):
+        trials = [(cell["finetune"]["valid"]["recall@20"], lr) for cell, lr in zip(found[3 * n:3 * n + 3], GRID) if cell]
+        chosen[system] = ("--lr", max(trials)[1]) if trials else ()
+    return chosen
+
+
+# --- Tables ---------------------------------------------------------------------------------------------------------
+
+def test(cells, metric):
+    """[n_seeds] of one test metric."""
+    return np.array([cell["finetune"]["test"][metric] for cell in cells])
+
+
+def spread(values):
+    return f"{values.mean():.4f}" + (f" ± {values.std(ddof=1):.4f}" if len(values) > 1 else "")
+
+
+def gain(ours, other):
+    """The relative gain with its paired t-test over seeds."""
+    text = f"{ours.mean() / other.mean() - 1:+.1%}"
+    return text + (f" (p = {stats.ttest_rel(ours, other).pvalue:.3f})" if len(ours) > 1 and np.any(ours != other) else "")
+
+
+def table(title, rows, extra=()):
+    """Markdown of rows {name: cells}; extra: {name of a last column: {row: text}}."""
+    lines = [f"# {title}", "", "| | " + " | ".join([*METRICS, *(name for name, _ in extra)]) + " |", "|---" * (1 + len(METRICS) + len(extra)) + "|"]
+    for name, cells in rows.items():
+        lines.append(f"| {name} | " + " | ".join([*(spread(test(cells, metric)) for metric in METRICS),
+                                                  *(column.get(name, "") for _, column in extra)]) + " |")
+    return lines
+
+
+def rms(cells):
+    """The RMS of the tables a list of cells started from, of the first seed."""
+    return f"{cells[0]['report']['rms']['all']:.4g}"
+
+
+def table1(cells, args, show):
+    dataset = data.load(args.data, Path(args.data_dir), contents=False)
+    n, users, items = len(dataset.users), dataset.n_users, dataset.n_items
+    show("table1", ["# Table 1", "", "| data | users | items | interactions | sparsity |", "|---|---|---|---|---|",
+                    f"| {args.label} | {users:,} | {items:,} | {n:,} | {1 - n / users / items:.2%} |"])
+
+
+def table2(cells, args, show):
+    rates = choose_rates(cells, SYSTEMS.values(), args.seeds[0])
+    wanted = [(pretraining(system, *rates[system]), (), seed) for system in SYSTEMS.values() for seed in args.seeds]
+    found = cells.all(wanted, "table 2")
+    rows, s = {}, len(args.seeds)
+    for n, name in enumerate(SYSTEMS):
+        if all(found[s * n:s * n + s]):
+            rows[name] = found[s * n:s * n + s]
+    if "CLIP" in rows:
+        rows = {(cells_[0]["report"] or {}).get("method", name) if name == "CLIP" else name: cells_ for name, cells_ in rows.items()}
+        rows = {"CLIP" if name == "clip" else name: cells_ for name, cells_ in rows.items()}
+    again = cells.all([(None, ("--scale", rms(rows["MMCPR"])), seed) for seed in args.seeds], "Random at MMCPR's RMS")
+    rows = {"Random": rows.pop("Random"), "Random at MMCPR's RMS": again, **rows}
+    ours = rows["MMCPR"]
+    best = max((name for name in rows if name != "MMCPR"), key=lambda name: test(rows[name], "recall@20").mean())
+    paper = dict(zip(SYSTEMS, PAPER.get(args.label, ())))
+    rate = {name: rates[system][-1] if rates.get(system) else "" for name, system in SYSTEMS.items()}
+    extra = [("lr", rate)] + ([("paper, recall@20", {name: f"{value:.4f}" for name, value in paper.items()})] if paper else [])
+    lines = table(f"Table 2, {args.label}, seeds {' '.join(map(str, args.seeds))}", rows, extra)
+    lines += ["", f"MMCPR over Random: Recall@20 {gain(test(ours, 'recall@20'), test(rows['Random'], 'recall@20'))}, NDCG@20 "
+              f"{gain(test(ours, 'ndcg@20'), test(rows['Random'], 'ndcg@20'))}; over the best other, {best}: "
+              f"{gain(test(ours, 'recall@20'), test(rows[best], 'recall@20'))}, {gain(test(ours, 'ndcg@20'), test(rows[best], 'ndcg@20'))}."
+              " p: paired t-test over seeds."]
+    show("table2", lines)
+
+
+def table3(cells, args, show):
+    rate = choose_rates(cells, ["mmcpr"], args.seeds[0])["mmcpr"]
+    variants = {"w/o CIMA (λ = 0)": ("--lam", "0"), "w/o BCE (λ = 1)": ("--lam", "1"), "MMCPR": ()}
+    found = cells.all([(pretraining("mmcpr", *rate, *flags), (), seed) for flags in variants.values() for seed in args.seeds], "table 3")
+    rows = {name: found[len(args.seeds) * n:len(args.seeds) * (n + 1)] for n, name in enumerate(variants)}
+    show("table3", table(f"Table 3, {args.label}, seeds {' '.join(map(str, args.seeds))}", rows))
+
+
+def scale(cells, args, show):
+    """What is left of the gain where both starts have one scale."""
+    rate = choose_rates(cells, ["mmcpr"], args.seeds[0])["mmcpr"]
+    ours = pretraining("mmcpr", *rate)
+    asis = cells.all([(ours, (), seed) for seed in args.seeds], "scale")
+    rows = {"MMCPR, as is": asis, "MMCPR, to Xavier's RMS": cells.all([(ours, ("--scale", "xavier"), seed) for seed in args.seeds], "scale"),
+            "Random, Xavier": cells.all([(None, (), seed) for seed in args.seeds], "scale"),
+            "Random, at MMCPR's RMS": cells.all([(None, ("--scale", rms(asis)), seed) for seed in args.seeds], "scale")}
+    show("scale", table(f"Scale of the start, {args.label}, seeds {' '.join(map(str, args.seeds))}", rows))
+
+
+# --- Figures --------------------------------------------------------------------------------------------------------
+
+def plot(path, panels):
+    """One panel per entry {title: {curve: (x, [n_seeds of values] per x)}}: means and standard deviations over seeds."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(5 * len(panels), 3.6), squeeze=False)
+    for axis, (title, curves) in zip(axes[0], panels.items()):
+        for label, (x, values) in curves.items():
+            deviation = [np.std(v, ddof=1) if len(v) > 1 else 0 for v in values]
+            axis.errorbar(x, [np.mean(v) for v in values], yerr=deviation, marker="o", capsize=3, label=label)
+        axis.set_title(title)
+        axis.grid(alpha=0.3)
+        if len(curves) > 1:
+            axis.legend()
+    figure.tight_layout()
+    data.replace_file(path, lambda file: figure.savefig(file, format="png", dpi=120))
+    pyplot.close(figure)
+
+
+def fig3(cells, args, show):
+    rate = choose_rates(cells, ["mmcpr"], args.seeds[0])["mmcpr"]
+    full = cells.run(pretraining("mmcpr", *rate), (), args.seeds[0])["report"]["attention"]
+    there = {m for side in full.values() for m in side}
+    subsets = [s for s in ("T", "V", "R", "G", "TV", "TG", "VG", "RG", "TVG", "RTVG") if set(s) <= there]
+    found = cells.all([(pretraining("mmcpr", *rate, "--modalities", subset), (), seed) for subset in subsets for seed in args.seeds], "figure 3")
+    rows = {subset: found[len(args.seeds) * n:len(args.seeds) * (n + 1)] for n, subset in enumerate(subsets)}
+    attention = {subset: "; ".join(f"{side} " + " ".join(f"{m} {w:.2f}" for m, w in weights.items()) for side, weights in
+                                   rows[subset][0]["report"]["attention"].items() if weights) for subset in subsets}
+    lines = table(f"Figure 3, {args.label}, seeds {' '.join(map(str, args.seeds))}", rows, [("mean attention, first seed", attention)])
+    show("fig3", [*lines, "", "A side that a subset leaves with nothing (users under T, V, TV) has a trained table instead."])
+    plot(args.folder / "fig3.png", {metric: {"MMCPR": (subsets, [test(rows[s], metric) for s in subsets])} for metric in ("recall@20", "ndcg@20")})
+    curves = {"loss per positive (BCE)": "bce", "validation Recall@20": "recall@20"}
+    plot(args.folder / "training.png", {title: {subset: ([p["epoch"] for p in cells_[0]["report"]["history"]],
+                                                         [[p[key]] for p in cells_[0]["report"]["history"]])
+                                                for subset, cells_ in rows.items() if len(subset) != 2} for title, key in curves.items()})
+
+
+def fig4(cells, args, show):
+    rate = choose_rates(cells, ["mmcpr"], args.seeds[0])["mmcpr"]
+    weights = ("0", "0.2", "0.4", "0.6", "0.8", "1")
+    points = [(form, lam) for form in ("softmax", "bce") for lam in weights]
+    flags = lambda form, lam: (*(("--lam", lam) if lam != "0.2" else ()), *(("--cima", form) if form == "bce" and lam != "0" else ()))
+    found = cells.all([(pretraining("mmcpr", *rate, *flags(*point)), (), seed) for point in points for seed in args.seeds], "figure 4")
+    rows = {f"{form}, λ = {lam}": found[len(args.seeds) * n:len(args.seeds) * (n + 1)] for n, (form, lam) in enumerate(points)}
+    show("fig4", table(f"Figure 4, {args.label}, seeds {' '.join(map(str, args.seeds))}", rows))
+    plot(args.folder / "fig4.png", {metric: {form: ([float(lam) for lam in weights], [test(rows[f"{form}, λ = {lam}"], metric) for lam in weights])
+                                             for form in ("softmax", "bce")} for metric in ("recall@20", "ndcg@20")})
+
+
+# --- The command line -----------------------------------------------------------------------------------------------
+
+TARGETS = {"table1": table1, "table2": table2, "table3": table3, "fig3": fig3, "fig4": fig4, "scale": scale}
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="Make the paper's tables and figures.", formatter_class=data.Help)
+    parser.add_argument("target", choices=(*TARGETS, "all"))
+    parser.add_argument("--data", default="demo", help="as in mmcpr.py")
+    parser.add_argument("--data-dir", default="data", help="where data is made, downloaded and cached")
+    parser.add_argument("--seeds", type=data.non_negative, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--jobs", type=data.positive, default=1, help="cells at a time; they share the cores")
+    parser.add_argument("--results", default="results", help="where tables, figures and cells are kept")
+    args = parser.parse_args(argv)
+    args.label = os.path.basename(os.path.normpath(args.data)) if os.path.isdir(args.data) else args.data.replace(":", "_")
+    args.folder = Path(args.results) / args.label
+    data.check_outputs(args.folder / "table1.md")
+    source = ("--data", os.path.abspath(args.data) if os.path.isdir(args.data) else args.data, "--data-dir", os.path.abspath(args.data_dir))
+    cells = Cells(source, args.folder, args.jobs)
+
+    def show(name, lines):
+        data.replace_file(args.folder / f"{name}.md", lambda file: file.write("\n".join(lines) + "\n"), "w")
+        print("\n".join(["", *lines, ""]), flush=True)
+
+    for name in TARGETS if args.target == "all" else (args.target,):
+        TARGETS[name](cells, args, show)
+    print(f"wrote {args.folder}; next: python reproduce.py all --data {args.data}" if args.target != "all" else f"wrote {args.folder}")
+
+
+if __name__ == "__main__":
+    sys.exit(data.cli(main))
