@@ -134,7 +134,7 @@ def plain_objective(model, train, rows, some, positives, lam=0.2):
     scores = model.users(rows)[0] @ item.T + model.bias
     R = torch.from_numpy(train[rows.cpu().numpy()].toarray()).to(scores)
     l2 = F.binary_cross_entropy_with_logits(scores, R, reduction="sum") / positives
-    return lam * mmcpr.cima(projected[some, 0], projected[some, 1]) + (1 - lam) * l2
+    return lam * mmcpr.cima(projected[some, 0], projected[some, 1]) * len(some) / positives + (1 - lam) * l2
 
 
 def plain_evaluate(user, item, seen, truth, k, rows):

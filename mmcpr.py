@@ -269,10 +269,10 @@ class MMCPR(nn.Module):
 
 
 def objective(model, train, rows, some, positives, lam=0.2, tau=0.1, form="softmax"):
-    """(L1 / N, L2 / positives, lam L1 / N + (1 - lam) L2 / positives) of one step (Eq. 16), scalars; lam 0 or 1 skips one.
+    """(L1 / N, L2 / positives, (lam L1 + (1 - lam) L2) / positives) of one step (Eq. 16), scalars; lam 0 or 1 skips one.
 
     rows int64 [B]: the block of users; some int64 [N]: the items of CIMA (fewer than two: no CIMA); positives: the mean
-    number of training interactions in a block. The paper sums; divided so, the two terms do not grow with the batch.
+    number of training interactions in a block. The paper sums; one constant under both sums leaves its lam what it weighs.
     One of several processes returns its share: every rank's users of the block, and rows of CIMA's matrices.
     """
     device = model.users.present.device
@@ -285,7 +285,7 @@ def objective(model, train, rows, some, positives, lam=0.2, tau=0.1, form="softm
         at, column = (torch.from_numpy(x).to(device) for x in metrics.entries(train, rows.cpu().numpy()))
         user = model.users(rows)[0]                                                       # [B, d]
         l2 = FullBlockBCE.apply(user, item, model.bias.expand(model.n_items), at, column) / positives
-    return l1, l2, lam * l1 + (1 - lam) * l2
+    return l1, l2, lam * l1 * len(some) / positives + (1 - lam) * l2
 
 
 @torch.no_grad()
@@ -607,7 +607,7 @@ def arguments():
     parser.add_argument("--layers", type=data.non_negative, default=2, help="LightGCN layers of the graph encoder")
     parser.add_argument("--dim", type=data.positive, default=64, help="width d of the common space")
     parser.add_argument("--lr", type=float, default=1e-3, help="Adam's learning rate")
-    parser.add_argument("--weight-decay", type=float, default=0, help="Adam's, on all that is trained")
+    parser.add_argument("--weight-decay", type=float, default=1e-4, help="Adam's, on all that is trained")
     parser.add_argument("--batch", type=data.positive, default=2048, help="users in a block, items in CIMA's N x N")
     parser.add_argument("--epochs", type=data.positive, default=1000, help="at most; one is a pass over the users")
     parser.add_argument("--patience", type=data.positive, default=100, help="epochs without a better validation Recall@20")
@@ -649,8 +649,8 @@ def work(args):
 
 def main(argv=None):
     args = arguments().parse_args(argv)
-    if not (0 < args.tau < np.inf and 0 < args.lr < np.inf):
-        raise data.InputError("--tau and --lr must be above 0 and finite")
+    if not (0 < args.tau < np.inf and 0 < args.lr < np.inf and 0 <= args.weight_decay < np.inf):
+        raise data.InputError("--tau and --lr must be above 0, --weight-decay at least 0, all finite")
     if args.lam > 0 and args.batch < 2:
         raise data.InputError("--batch must be at least 2 for CIMA; or pass --lam 0")
     data.check_outputs(args.out)

@@ -6,9 +6,9 @@
     all       all of them
 
 A cell is one pre-training and one fine-tuning, by the commands a reader would type. What it found is kept as JSON in
-results/<data>/cells, named after those commands: an interrupted sweep goes on, a second call only prints. Pre-training is
-repeated for every seed, the split stays. Each system's learning rate is chosen on the first seed, from the paper's grid, by the
-validation Recall@20 after fine-tuning; the test interactions of the others are never looked at.
+results/<data>/cells, named after all options of those commands and the split: an interrupted sweep goes on, a second call only
+prints. Pre-training is repeated for every seed, the split stays. Each system's learning rate is chosen on the first seed, from the
+paper's grid, by the validation Recall@20 after fine-tuning; variants of MMCPR keep MMCPR's.
 """
 import argparse
 import hashlib
@@ -23,7 +23,10 @@ import numpy as np
 from scipy import stats
 from tqdm import tqdm
 
+import baselines
 import data
+import finetune
+import mmcpr
 
 HERE = Path(__file__).resolve().parent
 GRID = ("1e-4", "1e-3", "1e-2")
@@ -37,18 +40,29 @@ PAPER = {  # Recall@20 of the paper's Table 2
 
 # --- Cells ----------------------------------------------------------------------------------------------------------
 
+NOTHING = ("nothing for --method", "--lam 1 trains CIMA alone")  # what the scripts say where the data has nothing for a cell
+
+
+def options(command):
+    """All options of a command of the project, defaults too."""
+    script, *flags = command
+    parser = {"mmcpr.py": mmcpr, "baselines.py": baselines, "finetune.py": finetune}[script].arguments()
+    return script, {name: value for name, value in vars(parser.parse_args(flags)).items() if not name.startswith(("data", "device"))}
+
+
 class Cells:
     """Runs cells, `jobs` at a time, and keeps what they found."""
 
-    def __init__(self, source, folder, jobs):
-        """source: the --data flags, the same for every command; folder: results/<data>."""
-        self.source, self.folder, self.jobs = source, folder, jobs
+    def __init__(self, source, fingerprint, folder, jobs):
+        """source: the --data flags, the same for every command; fingerprint: of the split; folder: results/<data>."""
+        self.source, self.fingerprint, self.folder, self.jobs = source, fingerprint, folder, jobs
         for name in ("cells", "tables"):
             (folder / name).mkdir(parents=True, exist_ok=True)
         self.environment = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
 
-    def name(self, *command):
-        return hashlib.sha256(json.dumps([self.source, command]).encode()).hexdigest()[:16]
+    def name(self, *commands, seed):
+        known = [self.fingerprint, seed, *(command and options(command) for command in commands)]
+        return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:16]
 
     def command(self, script, *flags):
         """Runs one of the project's scripts; InputError with its own last line where it fails."""
@@ -57,38 +71,41 @@ class Cells:
             raise data.InputError(f"{script} {' '.join(flags)}: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
 
     def run(self, pretraining, finetuning, seed):
-        """One cell: (flags of mmcpr.py or baselines.py, or None for a random start; flags of finetune.py; seed) -> its JSON.
+        """One cell: (command of mmcpr.py or baselines.py, or None for a random start; flags of finetune.py; seed) -> its JSON.
 
-        None where baselines.py says that this data has nothing for the method.
+        None where the data has nothing for it.
         """
-        path = self.folder / "cells" / f"{self.name(pretraining, finetuning, seed)}.json"
+        path = self.folder / "cells" / f"{self.name(pretraining, ('finetune.py', *finetuning), seed=seed)}.json"
         if path.exists():
             return json.loads(path.read_text())
         init, report = "random", None
-        if pretraining:
-            init = str(self.folder / "tables" / f"{self.name(pretraining, seed)}.npz")
-            if not os.path.exists(init):
-                try:
-                    self.command(*pretraining, *self.source, "--seed", str(seed), "--out", init)
-                except data.InputError as error:
-                    if "nothing for --method" not in str(error):
-                        raise
-                    return None
-            meta = data.load_embeddings(init)["meta"]
-            report = meta["report"] | {"method": meta["method"]}
-        metrics = path.with_suffix(".tmp")
-        self.command("finetune.py", "--init", init, *(() if pretraining else self.source), *finetuning, "--seeds", str(seed),
-                     "--metrics", str(metrics))
-        cell = {"pretraining": pretraining, "finetuning": finetuning, "seed": seed, "report": report,
-                "finetune": json.loads(metrics.read_text())}
+        try:
+            if pretraining:
+                init = self.folder / "tables" / f"{self.name(pretraining, seed=seed)}.npz"
+                if not init.exists():
+                    part = init.with_suffix(".part.npz")  # an interrupted pre-training writes its best so far
+                    self.command(*pretraining, *self.source, "--seed", str(seed), "--out", str(part))
+                    os.replace(part, init)
+                meta = data.load_embeddings(init)["meta"]
+                report = meta["report"] | {"method": meta["method"]}
+            found = path.with_suffix(".found")
+            self.command("finetune.py", "--init", str(init), *(() if pretraining else self.source), *finetuning, "--seeds", str(seed),
+                         "--metrics", str(found))
+            cell = {"pretraining": pretraining, "finetuning": finetuning, "seed": seed, "report": report,
+                    "finetune": json.loads(found.read_text()) | {"data": self.folder.name, "init": init if init == "random" else init.name}}
+            found.unlink()
+        except data.InputError as error:
+            if not any(words in str(error) for words in NOTHING):
+                raise
+            cell = None
         data.replace_file(path, lambda file: json.dump(cell, file, indent=1), "w")
-        metrics.unlink()
         return cell
 
     def all(self, wanted, what):
         """The cells of a list of (pretraining, finetuning, seed), in order, with a bar over those that must be run."""
         with ThreadPoolExecutor(self.jobs) as pool:
-            futures = [pool.submit(self.run, *cell) for cell in wanted]
+            once = {cell: pool.submit(self.run, *cell) for cell in dict.fromkeys(wanted)}
+            futures = list(once.values())
             try:
                 for future in tqdm(as_completed(futures), total=len(futures), desc=what, unit="cell"):
                     future.result()
@@ -96,7 +113,7 @@ class Cells:
                 for future in futures:
                     future.cancel()
                 raise
-            return [future.result() for future in futures]
+            return [once[cell].result() for cell in wanted]
 
 
 def pretraining(system, *flags):
@@ -148,9 +165,14 @@ def rms(cells):
     return f"{cells[0]['report']['rms']['all']:.4g}"
 
 
+def by_row(names, found):
+    """{name: its cells} of a list of cells, all seeds of a name side by side; without those that the data has nothing for."""
+    seeds = len(found) // len(names)
+    return {name: found[seeds * n:seeds * (n + 1)] for n, name in enumerate(names) if all(found[seeds * n:seeds * (n + 1)])}
+
+
 def table1(cells, args, show):
-    dataset = data.load(args.data, Path(args.data_dir), contents=False)
-    n, users, items = len(dataset.users), dataset.n_users, dataset.n_items
+    n, users, items = len(args.dataset.users), args.dataset.n_users, args.dataset.n_items
     show("table1", ["# Table 1", "", "| data | users | items | interactions | sparsity |", "|---|---|---|---|---|",
                     f"| {args.label} | {users:,} | {items:,} | {n:,} | {1 - n / users / items:.2%} |"])
 
@@ -159,25 +181,25 @@ def table2(cells, args, show):
     rates = choose_rates(cells, SYSTEMS.values(), args.seeds[0])
     wanted = [(pretraining(system, *rates[system]), (), seed) for system in SYSTEMS.values() for seed in args.seeds]
     found = cells.all(wanted, "table 2")
-    rows, s = {}, len(args.seeds)
-    for n, name in enumerate(SYSTEMS):
-        if all(found[s * n:s * n + s]):
-            rows[name] = found[s * n:s * n + s]
+    rows = by_row(SYSTEMS, found)
     if "CLIP" in rows:
         rows = {(cells_[0]["report"] or {}).get("method", name) if name == "CLIP" else name: cells_ for name, cells_ in rows.items()}
         rows = {"CLIP" if name == "clip" else name: cells_ for name, cells_ in rows.items()}
     again = cells.all([(None, ("--scale", rms(rows["MMCPR"])), seed) for seed in args.seeds], "Random at MMCPR's RMS")
     rows = {"Random": rows.pop("Random"), "Random at MMCPR's RMS": again, **rows}
-    ours = rows["MMCPR"]
-    best = max((name for name in rows if name != "MMCPR"), key=lambda name: test(rows[name], "recall@20").mean())
+    others = {metric: max((name for name in rows if name != "MMCPR"), key=lambda name: test(rows[name], metric).mean())
+              for metric in ("recall@20", "ndcg@20")}
     paper = dict(zip(SYSTEMS, PAPER.get(args.label, ())))
     rate = {name: rates[system][-1] if rates.get(system) else "" for name, system in SYSTEMS.items()}
-    extra = [("lr", rate)] + ([("paper, recall@20", {name: f"{value:.4f}" for name, value in paper.items()})] if paper else [])
-    lines = table(f"Table 2, {args.label}, seeds {' '.join(map(str, args.seeds))}", rows, extra)
-    lines += ["", f"MMCPR over Random: Recall@20 {gain(test(ours, 'recall@20'), test(rows['Random'], 'recall@20'))}, NDCG@20 "
-              f"{gain(test(ours, 'ndcg@20'), test(rows['Random'], 'ndcg@20'))}; over the best other, {best}: "
-              f"{gain(test(ours, 'recall@20'), test(rows[best], 'recall@20'))}, {gain(test(ours, 'ndcg@20'), test(rows[best], 'ndcg@20'))}."
-              " p: paired t-test over seeds."]
+    users = {name: "random" if (cells_[0]["report"] or {"rms": {"user": 0}})["rms"].keys() == {"item"} else "its own" if cells_[0]["report"]
+             else "random" for name, cells_ in rows.items()}
+    extra = [("users", users), ("lr", rate)] + ([("paper, recall@20", {name: f"{value:.4f}" for name, value in paper.items()})] if paper else [])
+    lines = [*table(f"Table 2, {args.label}, seeds {' '.join(map(str, args.seeds))}", rows, extra), ""]
+    for metric, best in others.items():
+        value, other, start = (test(rows[name], metric) for name in ("MMCPR", best, "Random"))
+        lines.append(f"- MMCPR's {metric}: over Random {gain(value, start)}; over the best other, {best}, {gain(value, other)}")
+    lines += ["", "p: paired t-test over the seeds of one split, uncorrected; the best other is the best on test. users: where a system brings "
+              "none, fine-tuning starts them at random."]
     show("table2", lines)
 
 
@@ -185,7 +207,7 @@ def table3(cells, args, show):
     rate = choose_rates(cells, ["mmcpr"], args.seeds[0])["mmcpr"]
     variants = {"w/o CIMA (λ = 0)": ("--lam", "0"), "w/o BCE (λ = 1)": ("--lam", "1"), "MMCPR": ()}
     found = cells.all([(pretraining("mmcpr", *rate, *flags), (), seed) for flags in variants.values() for seed in args.seeds], "table 3")
-    rows = {name: found[len(args.seeds) * n:len(args.seeds) * (n + 1)] for n, name in enumerate(variants)}
+    rows = by_row(variants, found)
     show("table3", table(f"Table 3, {args.label}, seeds {' '.join(map(str, args.seeds))}", rows))
 
 
@@ -227,7 +249,8 @@ def fig3(cells, args, show):
     there = {m for side in full.values() for m in side}
     subsets = [s for s in ("T", "V", "R", "G", "TV", "TG", "VG", "RG", "TVG", "RTVG") if set(s) <= there]
     found = cells.all([(pretraining("mmcpr", *rate, "--modalities", subset), (), seed) for subset in subsets for seed in args.seeds], "figure 3")
-    rows = {subset: found[len(args.seeds) * n:len(args.seeds) * (n + 1)] for n, subset in enumerate(subsets)}
+    rows = by_row(subsets, found)
+    subsets = list(rows)
     attention = {subset: "; ".join(f"{side} " + " ".join(f"{m} {w:.2f}" for m, w in weights.items()) for side, weights in
                                    rows[subset][0]["report"]["attention"].items() if weights) for subset in subsets}
     lines = table(f"Figure 3, {args.label}, seeds {' '.join(map(str, args.seeds))}", rows, [("mean attention, first seed", attention)])
@@ -245,9 +268,11 @@ def fig4(cells, args, show):
     points = [(form, lam) for form in ("softmax", "bce") for lam in weights]
     flags = lambda form, lam: (*(("--lam", lam) if lam != "0.2" else ()), *(("--cima", form) if form == "bce" and lam != "0" else ()))
     found = cells.all([(pretraining("mmcpr", *rate, *flags(*point)), (), seed) for point in points for seed in args.seeds], "figure 4")
-    rows = {f"{form}, λ = {lam}": found[len(args.seeds) * n:len(args.seeds) * (n + 1)] for n, (form, lam) in enumerate(points)}
+    rows = by_row([f"{form}, λ = {lam}" for form, lam in points], found)
     show("fig4", table(f"Figure 4, {args.label}, seeds {' '.join(map(str, args.seeds))}", rows))
-    plot(args.folder / "fig4.png", {metric: {form: ([float(lam) for lam in weights], [test(rows[f"{form}, λ = {lam}"], metric) for lam in weights])
+    plot(args.folder / "fig4.png", {metric: {form: ([float(lam) for f, lam in points if f == form and f"{f}, λ = {lam}" in rows],
+                                                    [test(rows[f"{f}, λ = {lam}"], metric) for f, lam in points
+                                                     if f == form and f"{f}, λ = {lam}" in rows])
                                              for form in ("softmax", "bce")} for metric in ("recall@20", "ndcg@20")})
 
 
@@ -265,11 +290,15 @@ def main(argv=None):
     parser.add_argument("--jobs", type=data.positive, default=1, help="cells at a time; they share the cores")
     parser.add_argument("--results", default="results", help="where tables, figures and cells are kept")
     args = parser.parse_args(argv)
-    args.label = os.path.basename(os.path.normpath(args.data)) if os.path.isdir(args.data) else args.data.replace(":", "_")
+    if len(set(args.seeds)) < len(args.seeds):
+        raise data.InputError("--seeds names a seed twice")
+    is_folder = args.data not in ("demo", "vg", "tg") and os.path.isdir(args.data)
+    args.label = os.path.basename(os.path.normpath(args.data)) if is_folder else args.data.replace(":", "_")
     args.folder = Path(args.results) / args.label
     data.check_outputs(args.folder / "table1.md")
-    source = ("--data", os.path.abspath(args.data) if os.path.isdir(args.data) else args.data, "--data-dir", os.path.abspath(args.data_dir))
-    cells = Cells(source, args.folder, args.jobs)
+    source = ("--data", os.path.abspath(args.data) if is_folder else args.data, "--data-dir", os.path.abspath(args.data_dir))
+    args.dataset, parts, _ = data.open_data(mmcpr.arguments().parse_args(source), contents=False)
+    cells = Cells(source, parts.fingerprint, args.folder, args.jobs)
 
     def show(name, lines):
         data.replace_file(args.folder / f"{name}.md", lambda file: file.write("\n".join(lines) + "\n"), "w")
