@@ -872,18 +872,18 @@ def test_cima_aligns_and_its_absence_does_not():
 
 
 def test_contents_rank_items_nobody_trained_on():
-    """Planted tastes show in the contents, so text and image put new items before users better than chance does."""
+    """Planted tastes show in the contents, so text and image, alone, put new items before users far better than chance."""
     rng = np.random.default_rng(16)
     pairs, text, image = shop(rng, n_users=120, n_items=90, tastes=4)
     new = pairs[:, 1] >= 70
     matrix = lambda rows: sp.csr_matrix((np.ones(len(rows), np.float32), rows.T), (120, 90))
     train, test = matrix(pairs[~new]), matrix(pairs[new])
-    args = mmcpr.arguments().parse_args(["--modalities", "TVG", "--epochs", "150", "--lr", "0.01", "--dim", "16"])
+    args = mmcpr.arguments().parse_args(["--modalities", "TV", "--epochs", "150", "--lr", "0.01", "--dim", "16"])
     user, item, _ = mmcpr.pretrain(Namespace(train=train, valid=sp.csr_matrix((120, 90))), {"T": text, "V": image}, args)
     old = sp.csr_matrix(np.repeat((np.arange(90) < 70)[None], 120, 0).astype(np.float32))  # rank the 20 new items alone
     got = metrics.evaluate(torch.from_numpy(user), torch.from_numpy(item), old, test, (5,))["recall@5"]
     chance = metrics.evaluate(torch.randn(120, 4), torch.randn(90, 4), old, test, (5,))["recall@5"]
-    assert got > 1.5 * chance
+    assert got > 2.5 * chance
 
 
 # --- data.py: helpers --------------------------------------------------------------------------------------------------------
