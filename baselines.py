@@ -61,6 +61,15 @@ def item_graph(train, cap):
     return sp.csr_matrix((w.astype(np.float32), (a, b)), (n, n))
 
 
+def draw_columns(matrix, rows):
+    """One column of each row of a CSR matrix, uniformly: (columns int64 [b], bool [b]: whether the row has any; else 0)."""
+    low, high = (torch.from_numpy(matrix.indptr[k:][rows.numpy()]).long() for k in (0, 1))
+    at, some = low + (torch.rand(len(rows)) * (high - low)).long(), high > low
+    columns = torch.zeros(len(rows), dtype=torch.int64)
+    columns[some] = torch.from_numpy(matrix.indices[at[some].numpy()]).long()
+    return columns, some
+
+
 def known(views):
     """float [n, sum d_m]: 1 where a column belongs to a modality that the item has; missing ones are not to be reconstructed."""
     return torch.cat([x.any(1, keepdim=True).float().expand_as(x) for x in views], 1)
@@ -226,12 +235,8 @@ class GPTGNN(Items):
 
     def sampled(self, targets):
         """(nodes: the targets first, edges of the subgraph they induce: source, target), int64."""
-        drawn = []
-        for _ in range(self.fan):
-            lo, hi = (torch.from_numpy(self.A.indptr[k:][targets.numpy()]).long() for k in (0, 1))
-            at = lo + (torch.rand(len(targets)) * (hi - lo)).long()
-            drawn.append(torch.from_numpy(self.A.indices[at[hi > lo].numpy()]).long())
-        rest = np.setdiff1d(torch.cat(drawn).numpy(), targets.numpy())
+        draws = (draw_columns(self.A, targets) for _ in range(self.fan))
+        rest = np.setdiff1d(torch.cat([columns[some] for columns, some in draws]).numpy(), targets.numpy())
         nodes = torch.cat([targets, torch.from_numpy(rest)])
         edges = self.A[nodes.numpy()][:, nodes.numpy()].tocoo()
         return nodes, torch.from_numpy(edges.col).long(), torch.from_numpy(edges.row).long()
@@ -471,10 +476,7 @@ class PMGT(Items):
         return super().batches()
 
     def loss(self, rows):
-        low, high = (torch.from_numpy(self.graph.indptr[k:][rows.numpy()]).long() for k in (0, 1))
-        has = high > low
-        at = (low + (torch.rand(len(rows)) * (high - low)).long()).clamp(max=max(self.graph.nnz - 1, 0))
-        near = torch.from_numpy(self.graph.indices[at.numpy()]).long() if self.graph.nnz else rows
+        near, has = draw_columns(self.graph, rows)
         far = torch.randint(self.n_items, (len(rows),))
         linked = torch.from_numpy(np.asarray(self.R[rows.numpy()].multiply(self.R[far.numpy()]).sum(1)).ravel() > 0) | (far == rows)
         z, z_near, z_far = self.pool(self.encode(torch.cat([rows, near, far]))[0][:, 0]).chunk(3)
@@ -574,9 +576,7 @@ class GCNP(nn.Module):
         return self.users[torch.randperm(len(self.users))].split(self.batch)
 
     def loss(self, u):
-        indptr = torch.from_numpy(self.train_matrix.indptr).long()
-        at = indptr[u] + (torch.rand(len(u)) * (indptr[u + 1] - indptr[u])).long()
-        i, j = torch.from_numpy(self.train_matrix.indices[at.numpy()]).long(), self.sample(u, 1)[:, 0]
+        i, j = draw_columns(self.train_matrix, u)[0], self.sample(u, 1)[:, 0]
         user, item = self.embed()
         score = lambda v: (user[u] * item[v]).sum(1) + self.bias[0][u] + self.bias[1][v]
         return (F.softplus(-score(i)) + F.softplus(score(j))).mean()
@@ -699,8 +699,7 @@ def main(argv=None):
         report["trials"] = [{k: v for k, v in trial[2].items() if k not in ("history", "trials")} for trial in trials]
     rms = lambda x: x.square().mean().sqrt().item()
     report["rms"] = {"item": rms(item)} | ({} if user is None else {"user": rms(user)})
-    options = {key: value for key, value in vars(args).items() if key not in data.DATA_DEFAULTS and key != "out"}
-    meta = {"method": name, "data": source, "options": options, "report": report}
+    meta = {"method": name, "data": source, "options": data.run_options(args, "out"), "report": report}
     data.save_embeddings(args.out, dataset, parts, None if user is None else user.numpy(), item.numpy(), meta)
     for trial in report["trials"]:
         print(f"lr {trial['lr']:g}: loss {trial['loss']:.4f}, validation Recall@20 {trial['recall@20']:.4f} at epoch {trial['epoch']} of "

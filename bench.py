@@ -84,7 +84,7 @@ def write(name, folder):
     print(f"wrote {folder}; next: python mmcpr.py --data {folder}")
 
 
-def open_set(name, args):
+def open_set(name):
     """(train, test, features) of a generated set or a data set; the split is 80/20, without validation."""
     if name in SIZES:
         user, item, of_user, of_item = generate(*SIZES[name])
@@ -94,7 +94,7 @@ def open_set(name, args):
         train.sort_indices()
         return train, test, generated_features(of_user, of_item)
     args = argparse.Namespace(**(data.DATA_DEFAULTS | {"data": name, "valid": 0, "amazon_url": None}))
-    dataset, parts, source = data.open_data(args, contents=False)
+    dataset, parts, _ = data.open_data(args, contents=False)
     rng = np.random.default_rng(0)
     n = {"R": dataset.n_users, "T": dataset.n_items, "V": dataset.n_items}
     return parts.train, parts.test, {m: rng.standard_normal((n[m], 512), np.float32) for m in n}
@@ -252,14 +252,11 @@ def bench_finetuning(name, train, device, bandwidth):
     steps = -(-train.nnz // BATCH)
     model = finetune.LightGCN(train, *(t.to(device) for t in finetune.initial_tables(None, train, D)), 3)
     other = torch.nn.Parameter(model.E0.detach().clone())
-    coo = sp.coo_array(train)
-    row, column = (torch.from_numpy(x.astype(np.int64)) for x in coo.coords)
-    root = [torch.from_numpy(np.maximum(np.asarray(train.sum(axis)).ravel(), 1) ** -0.5).float() for axis in (1, 0)]
-    value, column = root[0][row] * root[1][column], column + n_users
-    P = torch.sparse_coo_tensor(torch.stack([torch.cat([row, column]), torch.cat([column, row])]), value.repeat(2),
-                                (n_users + n_items,) * 2).coalesce().to(device)
-    sample, rng = finetune.NegativeSampler(train), np.random.default_rng(0)
     at, item = (torch.from_numpy(x) for x in metrics.entries(train, np.arange(n_users)))
+    root = [torch.from_numpy(np.maximum(np.asarray(train.sum(axis)).ravel(), 1) ** -0.5).float() for axis in (1, 0)]
+    ends = torch.stack([torch.cat([at, item + n_users]), torch.cat([item + n_users, at])])
+    P = torch.sparse_coo_tensor(ends, (root[0][at] * root[1][item]).repeat(2), (n_users + n_items,) * 2).coalesce().to(device)
+    sample, rng = finetune.NegativeSampler(train), np.random.default_rng(0)
     draw = torch.randperm(len(at))[:BATCH]
     users, positives = at[draw], item[draw]
     alpha = torch.rand(4, len(draw), device=device)
@@ -365,7 +362,7 @@ def main(argv=None):
     print(f"{torch.get_num_threads()} threads, " + (torch.cuda.get_device_name() if args.device == "cuda" else "CPU") +
           f": copies {bandwidth / 1e9:.0f} GB/s, float32 products {rate / 1e9:,.0f} GFLOP/s")
     for name in args.data:
-        train, test, features = open_set(name, args)
+        train, test, features = open_set(name)
         label = Path(name).name
         print(f"{label}: {train.shape[0]:,} users, {train.shape[1]:,} items, {train.nnz:,} training interactions\n")
         row("data", "what", "plain", "fast", "ratio", "")

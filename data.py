@@ -1092,6 +1092,11 @@ def add_feature_arguments(parser):
     group.add_argument("--clip-weights", default="openai", help="its open_clip tag, or a file (default: %(default)s)")
 
 
+def run_options(args, *without):
+    """A command line's options but for the data's, which have a place of their own, and `without`."""
+    return {name: value for name, value in vars(args).items() if name not in DATA_DEFAULTS and name not in without}
+
+
 def open_data(args, known=None, modalities="RTVG", contents=True):
     """(Dataset, Parts, options) of a command line; `known`: an emb.npz's data options, used where no flag is given."""
     options = {name: next(value for value in (getattr(args, name), (known or {}).get(name), default) if value is not None)

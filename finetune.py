@@ -242,12 +242,12 @@ def finetune(parts, init, args, seed, device="cpu", checkpoint=None):
                 raise data.InputError(f"the loss is not finite at epoch {epoch}; lower --lr (now {args.lr}) or --scale")
             if epoch % args.eval_every and epoch < args.epochs:
                 continue
-            value = epoch
+            value, tables = epoch, model.embed()
             if with_valid:
-                value = metrics.evaluate(*model.embed(), train, parts.valid, KS[:1])["recall@20"]
+                value = metrics.evaluate(*tables, train, parts.valid, KS[:1])["recall@20"]
                 run["history"].append({"epoch": epoch, "recall@20": value, "loss": total.item() / len(users) if epoch else None})
             if value > run["best"]["value"]:
-                run["best"] = {"epoch": epoch, "value": value, "tables": [table.clone() for table in model.embed()]}
+                run["best"] = {"epoch": epoch, "value": value, "tables": tables}
             if with_valid:
                 bar.set_postfix({"loss": f"{total.item() / len(users):.4f}", "valid recall@20": f"{value:.4f}"})
                 if patience.over(value):
@@ -377,8 +377,7 @@ def work(args):
         dataset, parts, source = data.open_data(args, known, contents=False)
     if arrays is not None:
         check_same_split(args.init, arrays, dataset, parts)
-    options = {name: value for name, value in vars(args).items() if name not in data.DATA_DEFAULTS and
-               name not in ("init", "resume", "checkpoint_every", "metrics", "out", "recommend")}
+    options = data.run_options(args, "init", "resume", "checkpoint_every", "metrics", "out", "recommend")
     tables = [arrays[side] for side in ("user", "item") if side in arrays] if arrays else []
     path = f"finetune.{digest(options, parts, tables)}.ckpt"
     with Checkpoint(path, args.resume, args.checkpoint_every) as checkpoint:

@@ -538,13 +538,15 @@ def pretrain(parts, features, args, device="cpu", checkpoint=None):
     user, item, attention = model.embed()
     if not torch.isfinite(user.square().sum() + item.square().sum()):
         raise data.InputError(f"the tables are not finite at epoch {best['epoch']}; lower --lr (now {args.lr})")
+    valid = best.get("recall@20")  # not ranked yet where CIMA alone chose the epoch
+    if valid is None and parts.valid.nnz:
+        valid = metrics.evaluate(user, item, parts.train, parts.valid, (20,))["recall@20"]
     report = {"epoch": best["epoch"], "epochs_run": epoch, "interrupted": interrupted,
               "seconds": round(time.time() - started, 1),
               "losses": {"cima": best["cima"], "bce": best["bce"]}, "attention": attention,
               "alignment": alignment(model, held if len(held) else paired) | {"held_out": len(held) > 0},
               "popularity_loss": plateau,
-              "valid": {"recall@20": metrics.evaluate(user, item, parts.train, parts.valid, (20,))["recall@20"]
-                        if parts.valid.nnz else None},
+              "valid": {"recall@20": valid},
               "rms": {"user": user.square().mean().sqrt().item(), "item": item.square().mean().sqrt().item(),
                       "all": torch.cat([user, item]).square().mean().sqrt().item()}, "history": run["history"]}
     return user.cpu().numpy(), item.cpu().numpy(), report
@@ -629,8 +631,7 @@ def work(args):
     if "R" in features:
         features["R"] = data.pool_reviews(features["R"], dataset.users, dataset.n_users, parts.in_train)  # Eq. 4
     dataset.texts = dataset.images = dataset.reviews = None  # their features are made
-    options = {name: value for name, value in vars(args).items() if name not in data.DATA_DEFAULTS and
-               name not in ("out", "resume", "checkpoint_every")}
+    options = data.run_options(args, "out", "resume", "checkpoint_every")
     path = f"{args.out}.{digest(options, parts, features.values())}.ckpt"
     with Checkpoint(path, args.resume, args.checkpoint_every) as checkpoint:
         user, item, report = pretrain(parts, features, args, args.device, checkpoint)

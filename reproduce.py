@@ -134,6 +134,12 @@ def choose_rates(cells, systems, seed):
     return chosen
 
 
+def mmcpr_at_best_rate(cells, args):
+    """(*flags) -> the command that pre-trains MMCPR with them, at the learning rate that validation chose for it."""
+    rate = choose_rates(cells, ["mmcpr"], args.seeds[0])["mmcpr"]
+    return lambda *flags: pretraining("mmcpr", *rate, *flags)
+
+
 # --- Tables ---------------------------------------------------------------------------------------------------------
 
 def test(cells, metric):
@@ -182,17 +188,16 @@ def table2(cells, args, show):
     wanted = [(pretraining(system, *rates[system]), (), seed) for system in SYSTEMS.values() for seed in args.seeds]
     found = cells.all(wanted, "table 2")
     rows = by_row(SYSTEMS, found)
-    if "CLIP" in rows:
-        rows = {(cells_[0]["report"] or {}).get("method", name) if name == "CLIP" else name: cells_ for name, cells_ in rows.items()}
-        rows = {"CLIP" if name == "clip" else name: cells_ for name, cells_ in rows.items()}
+    label = lambda name, row: "text+image" if name == "CLIP" and row[0]["report"]["method"] == "text+image" else name
+    rows = {label(name, row): row for name, row in rows.items()}
     again = cells.all([(None, ("--scale", rms(rows["MMCPR"])), seed) for seed in args.seeds], "Random at MMCPR's RMS")
     rows = {"Random": rows.pop("Random"), "Random at MMCPR's RMS": again, **rows}
     others = {metric: max((name for name in rows if name != "MMCPR"), key=lambda name: test(rows[name], metric).mean())
               for metric in ("recall@20", "ndcg@20")}
     paper = dict(zip(SYSTEMS, PAPER.get(args.label, ())))
     rate = {name: rates[system][-1] if rates.get(system) else "" for name, system in SYSTEMS.items()}
-    users = {name: "random" if (cells_[0]["report"] or {"rms": {"user": 0}})["rms"].keys() == {"item"} else "its own" if cells_[0]["report"]
-             else "random" for name, cells_ in rows.items()}
+    has_users = lambda row: row[0]["report"] is not None and "user" in row[0]["report"]["rms"]
+    users = {name: "its own" if has_users(row) else "random" for name, row in rows.items()}
     extra = [("users", users), ("lr", rate)] + ([("paper, recall@20", {name: f"{value:.4f}" for name, value in paper.items()})] if paper else [])
     lines = [*table(f"Table 2, {args.label}, seeds {' '.join(map(str, args.seeds))}", rows, extra), ""]
     for metric, best in others.items():
@@ -204,17 +209,16 @@ def table2(cells, args, show):
 
 
 def table3(cells, args, show):
-    rate = choose_rates(cells, ["mmcpr"], args.seeds[0])["mmcpr"]
+    command = mmcpr_at_best_rate(cells, args)
     variants = {"w/o CIMA (λ = 0)": ("--lam", "0"), "w/o BCE (λ = 1)": ("--lam", "1"), "MMCPR": ()}
-    found = cells.all([(pretraining("mmcpr", *rate, *flags), (), seed) for flags in variants.values() for seed in args.seeds], "table 3")
+    found = cells.all([(command(*flags), (), seed) for flags in variants.values() for seed in args.seeds], "table 3")
     rows = by_row(variants, found)
     show("table3", table(f"Table 3, {args.label}, seeds {' '.join(map(str, args.seeds))}", rows))
 
 
 def scale(cells, args, show):
     """What is left of the gain where both starts have one scale."""
-    rate = choose_rates(cells, ["mmcpr"], args.seeds[0])["mmcpr"]
-    ours = pretraining("mmcpr", *rate)
+    ours = mmcpr_at_best_rate(cells, args)()
     asis = cells.all([(ours, (), seed) for seed in args.seeds], "scale")
     rows = {"MMCPR, as is": asis, "MMCPR, to Xavier's RMS": cells.all([(ours, ("--scale", "xavier"), seed) for seed in args.seeds], "scale"),
             "Random, Xavier": cells.all([(None, (), seed) for seed in args.seeds], "scale"),
@@ -244,11 +248,11 @@ def plot(path, panels):
 
 
 def fig3(cells, args, show):
-    rate = choose_rates(cells, ["mmcpr"], args.seeds[0])["mmcpr"]
-    full = cells.run(pretraining("mmcpr", *rate), (), args.seeds[0])["report"]["attention"]
+    command = mmcpr_at_best_rate(cells, args)
+    full = cells.run(command(), (), args.seeds[0])["report"]["attention"]
     there = {m for side in full.values() for m in side}
     subsets = [s for s in ("T", "V", "R", "G", "TV", "TG", "VG", "RG", "TVG", "RTVG") if set(s) <= there]
-    found = cells.all([(pretraining("mmcpr", *rate, "--modalities", subset), (), seed) for subset in subsets for seed in args.seeds], "figure 3")
+    found = cells.all([(command("--modalities", subset), (), seed) for subset in subsets for seed in args.seeds], "figure 3")
     rows = by_row(subsets, found)
     subsets = list(rows)
     attention = {subset: "; ".join(f"{side} " + " ".join(f"{m} {w:.2f}" for m, w in weights.items()) for side, weights in
@@ -263,11 +267,11 @@ def fig3(cells, args, show):
 
 
 def fig4(cells, args, show):
-    rate = choose_rates(cells, ["mmcpr"], args.seeds[0])["mmcpr"]
+    command = mmcpr_at_best_rate(cells, args)
     weights = ("0", "0.2", "0.4", "0.6", "0.8", "1")
     points = [(form, lam) for form in ("softmax", "bce") for lam in weights]
     flags = lambda form, lam: (*(("--lam", lam) if lam != "0.2" else ()), *(("--cima", form) if form == "bce" and lam != "0" else ()))
-    found = cells.all([(pretraining("mmcpr", *rate, *flags(*point)), (), seed) for point in points for seed in args.seeds], "figure 4")
+    found = cells.all([(command(*flags(*point)), (), seed) for point in points for seed in args.seeds], "figure 4")
     rows = by_row([f"{form}, λ = {lam}" for form, lam in points], found)
     show("fig4", table(f"Figure 4, {args.label}, seeds {' '.join(map(str, args.seeds))}", rows))
     plot(args.folder / "fig4.png", {metric: {form: ([float(lam) for f, lam in points if f == form and f"{f}, λ = {lam}" in rows],

@@ -700,11 +700,9 @@ def test_finished_seeds_are_not_lost_nor_claimed(interrupted, capsys):
 
 
 def test_checkpoint_that_cannot_be_written_does_not_end_the_run(trained, capsys, monkeypatch):
-    save = torch.save
     monkeypatch.setattr(torch, "save", lambda *args: (_ for _ in ()).throw(RuntimeError("enforce fail: disk full")))
     assert run(mmcpr.main, "--data", "shop", *QUICK, "--checkpoint-every", 0) == 0
     assert "not saved (enforce fail: disk full); training goes on" in capsys.readouterr().err
-    monkeypatch.setattr(torch, "save", save)
 
 
 @pytest.mark.parametrize("module, options", [(mmcpr, ("--batch", "13")), (mmcpr, ("--lam", "1", "--cima", "bce")),
