@@ -133,7 +133,7 @@ class Tower(nn.Module):
     """One side: modality encoders, projections, inter-modal aggregation (users Eq. 1-8, items Eq. 9-14).
 
     features: {modality: float [n, d_m]}, NaN rows where a node lacks it; frozen, L2-normalised here, since raw norms differ
-    20-fold between modalities. graph: a CoInteractionGraph, or None. A node with no modality at all (reviews alone, and it
+    20-fold between modalities, then centred and brought to a root mean square norm of 1. graph: a CoInteractionGraph, or None. A node with no modality at all (reviews alone, and it
     has none; a whole side when --modalities leaves it nothing) uses its row of a trainable table instead.
     """
 
@@ -146,7 +146,10 @@ class Tower(nn.Module):
             x = torch.from_numpy(np.array(x, np.float32))                                 # [n, d_m]
             # Missing rows become 0 before W, or NaN would reach its gradient; a zero row has no direction: missing too.
             x = F.normalize(torch.nan_to_num(x))
-            present[:, m] = x.any(1)
+            present[:, m] = there = x.any(1)
+            # Encoders' outputs lie in a narrow cone: W and b absorb centre and scale, but Adam would take ages to find them.
+            x[there] -= x[there].mean(0)
+            x /= x[there].square().sum(1).mean().sqrt().clamp(min=1e-3)
             self.register_buffer(f"feature_{name}", x, persistent=False)
         self.register_buffer("present", present, persistent=False)
         width = {name: x.shape[1] for name, x in features.items()} | {"G": dim}
@@ -609,7 +612,7 @@ def arguments():
     parser.add_argument("--layers", type=data.non_negative, default=2, help="LightGCN layers of the graph encoder")
     parser.add_argument("--dim", type=data.positive, default=64, help="width d of the common space")
     parser.add_argument("--lr", type=float, default=1e-3, help="Adam's learning rate")
-    parser.add_argument("--weight-decay", type=float, default=1e-4, help="Adam's, on all that is trained")
+    parser.add_argument("--weight-decay", type=float, default=3e-4, help="Adam's, on all that is trained")
     parser.add_argument("--batch", type=data.positive, default=2048, help="users in a block, items in CIMA's N x N")
     parser.add_argument("--epochs", type=data.positive, default=1000, help="at most; one is a pass over the users")
     parser.add_argument("--patience", type=data.positive, default=100, help="epochs without a better validation Recall@20")

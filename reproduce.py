@@ -36,6 +36,8 @@ SYSTEMS = {"Random": "random", "CLIP": "clip", "MMGCN": "mmgcn", "GPT-GNN": "gpt
 PAPER = {  # Recall@20 of the paper's Table 2
     "vg": (.1571, .1712, .1703, .1659, .1696, .1718, .1916, .1939), "tg": (.0876, .0967, .0966, .0931, .1034, .1024, .1025, .1067),
     "sharee": (.1059, .1135, .1106, .1090, .1074, .1077, .1382, .1392)}
+PAPER_ABLATION = {"vg": (.1898, .1729, .1939), "tg": (.1051, .0974, .1067), "sharee": (.1316, .1143, .1392)}  # of its Table 3
+P_VALUE = "p: paired t-test over the seeds of one split, uncorrected."
 
 
 # --- Cells ----------------------------------------------------------------------------------------------------------
@@ -123,20 +125,21 @@ def pretraining(system, *flags):
     return ("mmcpr.py", *flags) if system == "mmcpr" else ("baselines.py", "--method", system, *flags)
 
 
-def choose_rates(cells, systems, seed):
-    """{system: its learning-rate flags}: of the grid, the best validation Recall@20 after fine-tuning, first seed only."""
+def choose_rates(cells, systems, args):
+    """{system: its learning-rate flags}: of args.rates, the best validation Recall@20 after fine-tuning, first seed only."""
     trained = [system for system in systems if system not in ("random", "clip")]
-    found = cells.all([(pretraining(system, "--lr", lr), (), seed) for system in trained for lr in GRID], "learning rates")
+    grid = [(system, lr) for system in trained for lr in args.rates]
+    found = cells.all([(pretraining(system, "--lr", lr), (), args.seeds[0]) for system, lr in grid], "learning rates")
     chosen = {system: () for system in systems}
-    for n, system in enumerate(trained):
-        trials = [(cell["finetune"]["valid"]["recall@20"], lr) for cell, lr in zip(found[3 * n:3 * n + 3], GRID) if cell]
+    for system in trained:
+        trials = [(cell["finetune"]["valid"]["recall@20"], lr) for (name, lr), cell in zip(grid, found) if cell and name == system]
         chosen[system] = ("--lr", max(trials)[1]) if trials else ()
     return chosen
 
 
 def mmcpr_at_best_rate(cells, args):
     """(*flags) -> the command that pre-trains MMCPR with them, at the learning rate that validation chose for it."""
-    rate = choose_rates(cells, ["mmcpr"], args.seeds[0])["mmcpr"]
+    rate = choose_rates(cells, ["mmcpr"], args)["mmcpr"]
     return lambda *flags: pretraining("mmcpr", *rate, *flags)
 
 
@@ -184,7 +187,7 @@ def table1(cells, args, show):
 
 
 def table2(cells, args, show):
-    rates = choose_rates(cells, SYSTEMS.values(), args.seeds[0])
+    rates = choose_rates(cells, SYSTEMS.values(), args)
     wanted = [(pretraining(system, *rates[system]), (), seed) for system in SYSTEMS.values() for seed in args.seeds]
     found = cells.all(wanted, "table 2")
     rows = by_row(SYSTEMS, found)
@@ -203,8 +206,7 @@ def table2(cells, args, show):
     for metric, best in others.items():
         value, other, start = (test(rows[name], metric) for name in ("MMCPR", best, "Random"))
         lines.append(f"- MMCPR's {metric}: over Random {gain(value, start)}; over the best other, {best}, {gain(value, other)}")
-    lines += ["", "p: paired t-test over the seeds of one split, uncorrected; the best other is the best on test. users: where a system brings "
-              "none, fine-tuning starts them at random."]
+    lines += ["", P_VALUE + " The best other is the best on test. users: where a system brings none, fine-tuning starts them at random."]
     show("table2", lines)
 
 
@@ -213,31 +215,42 @@ def table3(cells, args, show):
     variants = {"w/o CIMA (λ = 0)": ("--lam", "0"), "w/o BCE (λ = 1)": ("--lam", "1"), "MMCPR": ()}
     found = cells.all([(command(*flags), (), seed) for flags in variants.values() for seed in args.seeds], "table 3")
     rows = by_row(variants, found)
-    show("table3", table(f"Table 3, {args.label}, seeds {' '.join(map(str, args.seeds))}", rows))
+    against = {f"{metric} against MMCPR": {name: gain(test(row, metric), test(rows["MMCPR"], metric)) for name, row in rows.items()
+                                           if name != "MMCPR"} for metric in ("recall@20", "ndcg@20")}
+    paper = {"paper, recall@20": {name: f"{value:.4f}" for name, value in zip(variants, PAPER_ABLATION.get(args.label, ()))}}
+    extra = list((against | (paper if args.label in PAPER_ABLATION else {})).items())
+    show("table3", [*table(f"Table 3, {args.label}, seeds {' '.join(map(str, args.seeds))}", rows, extra), "", P_VALUE])
 
 
 def scale(cells, args, show):
     """What is left of the gain where both starts have one scale."""
     ours = mmcpr_at_best_rate(cells, args)()
-    asis = cells.all([(ours, (), seed) for seed in args.seeds], "scale")
-    rows = {"MMCPR, as is": asis, "MMCPR, to Xavier's RMS": cells.all([(ours, ("--scale", "xavier"), seed) for seed in args.seeds], "scale"),
-            "Random, Xavier": cells.all([(None, (), seed) for seed in args.seeds], "scale"),
-            "Random, at MMCPR's RMS": cells.all([(None, ("--scale", rms(asis)), seed) for seed in args.seeds], "scale")}
+    run = lambda command, *flags: cells.all([(command, flags, seed) for seed in args.seeds], "scale")
+    rows = {"MMCPR, to Xavier's RMS (the default)": run(ours), "MMCPR, as is": run(ours, "--scale", "asis"), "Random, Xavier": run(None)}
+    rows["Random, at the RMS of MMCPR as is"] = run(None, "--scale", rms(rows["MMCPR, as is"]))
     show("scale", table(f"Scale of the start, {args.label}, seeds {' '.join(map(str, args.seeds))}", rows))
 
 
 # --- Figures --------------------------------------------------------------------------------------------------------
 
 def plot(path, panels):
-    """One panel per entry {title: {curve: (x, [n_seeds of values] per x)}}: means and standard deviations over seeds."""
+    """One panel per entry {title: {curve: (x, [n_seeds of values] per x)}}: means and standard deviations over seeds.
+
+    Where x are names: bars, or points where several curves share the names.
+    """
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
     figure, axes = pyplot.subplots(1, len(panels), figsize=(5 * len(panels), 3.6), squeeze=False)
     for axis, (title, curves) in zip(axes[0], panels.items()):
         for label, (x, values) in curves.items():
-            deviation = [np.std(v, ddof=1) if len(v) > 1 else 0 for v in values]
-            axis.errorbar(x, [np.mean(v) for v in values], yerr=deviation, marker="o", capsize=3, label=label)
+            mean, deviation = [np.mean(v) for v in values], [np.std(v, ddof=1) if len(v) > 1 else 0 for v in values]
+            if isinstance(x[0], str) and len(curves) == 1:
+                axis.bar(x, mean, yerr=deviation, capsize=3)
+                axis.set_ylim(0.9 * min(mean))  # as the paper cuts its bars
+            else:
+                style = {"linestyle": ""} if isinstance(x[0], str) else {}
+                axis.errorbar(x, mean, yerr=deviation, marker="o" if len(x) < 20 else "", capsize=3, label=label, **style)
         axis.set_title(title)
         axis.grid(alpha=0.3)
         if len(curves) > 1:
@@ -255,11 +268,16 @@ def fig3(cells, args, show):
     found = cells.all([(command("--modalities", subset), (), seed) for subset in subsets for seed in args.seeds], "figure 3")
     rows = by_row(subsets, found)
     subsets = list(rows)
-    attention = {subset: "; ".join(f"{side} " + " ".join(f"{m} {w:.2f}" for m, w in weights.items()) for side, weights in
-                                   rows[subset][0]["report"]["attention"].items() if weights) for subset in subsets}
-    lines = table(f"Figure 3, {args.label}, seeds {' '.join(map(str, args.seeds))}", rows, [("mean attention, first seed", attention)])
+    attention = {(subset, side): {m: [cell["report"]["attention"][side][m] for cell in rows[subset]] for m in
+                                  rows[subset][0]["report"]["attention"][side]} for subset in subsets for side in ("user", "item")}
+    column = {subset: "; ".join(f"{side} " + " ".join(f"{m} {np.mean(w):.2f}" for m, w in attention[subset, side].items())
+                                for side in ("user", "item") if attention[subset, side]) for subset in subsets}
+    lines = table(f"Figure 3, {args.label}, seeds {' '.join(map(str, args.seeds))}", rows, [("mean attention where present", column)])
     show("fig3", [*lines, "", "A side that a subset leaves with nothing (users under T, V, TV) has a trained table instead."])
     plot(args.folder / "fig3.png", {metric: {"MMCPR": (subsets, [test(rows[s], metric) for s in subsets])} for metric in ("recall@20", "ndcg@20")})
+    plot(args.folder / "attention.png", {f"mean attention, {side}s": {m: (subsets, [attention[s, side].get(m, [np.nan]) for s in subsets])
+                                                                      for m in "RTVG" if any(m in attention[s, side] for s in subsets)}
+                                         for side in ("user", "item")})
     curves = {"loss per positive (BCE)": "bce", "validation Recall@20": "recall@20"}
     plot(args.folder / "training.png", {title: {subset: ([p["epoch"] for p in cells_[0]["report"]["history"]],
                                                          [[p[key]] for p in cells_[0]["report"]["history"]])
@@ -291,6 +309,7 @@ def main(argv=None):
     parser.add_argument("--data", default="demo", help="as in mmcpr.py")
     parser.add_argument("--data-dir", default="data", help="where data is made, downloaded and cached")
     parser.add_argument("--seeds", type=data.non_negative, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--rates", nargs="+", default=GRID, help="learning rates to choose from; the default is the paper's grid")
     parser.add_argument("--jobs", type=data.positive, default=1, help="cells at a time; they share the cores")
     parser.add_argument("--results", default="results", help="where tables, figures and cells are kept")
     args = parser.parse_args(argv)

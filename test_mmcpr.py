@@ -198,12 +198,14 @@ def tower(rng, present_text, graph=True, n=10):
 
 
 def test_tower_projects_normalised_features_and_the_graph():
-    """e'^m = W e^m + b with L2-normalised frozen rows (Eq. 6, 12) and the mean over LightGCN's layers for the graph (Eq. 2)."""
+    """e'^m = W e^m + b (Eq. 6, 12): frozen rows L2-normalised, centred, of RMS norm 1; for the graph LightGCN's mean layer (Eq. 2)."""
     rng = np.random.default_rng(7)
     present = np.arange(10) != 3
     model, text, image, R = tower(rng, present)
     e, alpha, projected = model(torch.arange(10))
     unit = image / np.linalg.norm(image, axis=1, keepdims=True)
+    unit -= unit.mean(0)
+    unit /= np.sqrt((unit ** 2).sum(1).mean())
     want = unit @ model.W["V"].weight.detach().numpy().T + model.W["V"].bias.detach().numpy()
     np.testing.assert_allclose(projected[:, 1].detach(), want, rtol=1e-5, atol=1e-6)
     graph = sum(mmcpr.lightgcn(model.e0, mmcpr.CoInteractionGraph(R), 2)) / 3
@@ -802,7 +804,7 @@ def test_missing_side_reaches_the_start(trained):
     with np.load("emb.npz") as file:
         np.savez("items.npz", **{name: file[name] for name in file.files if name != "user"})
     assert run(finetune.main, "--init", "items.npz", "--missing-side", "mean", "--epochs", 0, "--layers", 0,
-               "--out", "f.npz") == 0
+               "--scale", "asis", "--out", "f.npz") == 0
     arrays, train = data.load_embeddings("f.npz"), data.split_dataset(data.load("shop", contents=False)).train
     np.testing.assert_allclose(arrays["user"][0], arrays["item"][train[[0]].indices].mean(0), rtol=1e-5)
 
@@ -2148,7 +2150,7 @@ def test_all_tables_and_figures(sweep, capsys):
     out = capsys.readouterr().out
     for name in ("table1", "table2", "table3", "fig3", "fig4", "scale"):
         assert (folder / f"{name}.md").read_text().strip() in out
-    for name in ("fig3", "fig4", "training"):
+    for name in ("fig3", "fig4", "training", "attention"):
         assert Image.open(folder / f"{name}.png").size[0] > 300
     table2 = (folder / "table2.md").read_text()
     for name in ("Random", "Random at MMCPR's RMS", "text+image", "MMGCN", "GPT-GNN", "Graph-BERT", "PMGT", "GCN-P", "MMCPR"):
@@ -2215,7 +2217,7 @@ def test_tables_of_interactions_alone(sweep, tmp_path):
 def test_changed_defaults_and_data_are_other_cells(tmp_path, monkeypatch):
     cells = reproduce.Cells(("--data", "demo"), "abc", tmp_path, 1)
     name = cells.name(("mmcpr.py", "--lam", "0"), ("finetune.py",), seed=0)
-    assert name == cells.name(("mmcpr.py", "--lam", "0.0"), ("finetune.py", "--scale", "asis"), seed=0)
+    assert name == cells.name(("mmcpr.py", "--lam", "0.0"), ("finetune.py", "--scale", "xavier"), seed=0)
     others = {cells.name(("mmcpr.py", "--lam", "0"), ("finetune.py",), seed=1), cells.name(None, ("finetune.py",), seed=0),
               reproduce.Cells((), "abd", tmp_path, 1).name(("mmcpr.py", "--lam", "0"), ("finetune.py",), seed=0)}
     assert name not in others and len(others) == 3
