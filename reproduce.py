@@ -7,8 +7,9 @@
 
 A cell is one pre-training and one fine-tuning, by the commands a reader would type. What it found is kept as JSON in
 results/<data>/cells, named after all options of those commands and the split: an interrupted sweep goes on, a second call only
-prints. Pre-training is repeated for every seed, the split stays. Each system's learning rate is chosen on the first seed, from the
-paper's grid, by the validation Recall@20 after fine-tuning; variants of MMCPR keep MMCPR's.
+prints. Pre-training is repeated for every seed, the split stays. Each system's learning rate, of the paper's grid, and the scale at which its
+tables are handed over, as they are or Xavier's, are chosen on the first seed by the validation Recall@20 after fine-tuning; variants of
+MMCPR keep MMCPR's.
 """
 import argparse
 import hashlib
@@ -16,6 +17,8 @@ import json
 import os
 import subprocess
 import sys
+import threading
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
@@ -30,6 +33,7 @@ import mmcpr
 
 HERE = Path(__file__).resolve().parent
 GRID = ("1e-4", "1e-3", "1e-2")
+SCALES = ((), ("--scale", "asis"))  # of the tables to start from: Xavier's, the default, and their own
 METRICS = [f"{name}@{k}" for name in ("recall", "ndcg") for k in (20, 40, 60)]
 SYSTEMS = {"Random": "random", "CLIP": "clip", "MMGCN": "mmgcn", "GPT-GNN": "gptgnn", "Graph-BERT": "graphbert", "PMGT": "pmgt",
            "GCN-P": "gcnp", "MMCPR": "mmcpr"}
@@ -60,6 +64,7 @@ class Cells:
         self.source, self.fingerprint, self.folder, self.jobs = source, fingerprint, folder, jobs
         for name in ("cells", "tables"):
             (folder / name).mkdir(parents=True, exist_ok=True)
+        self.locks = defaultdict(threading.Lock)
         self.environment = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
 
     def name(self, *commands, seed):
@@ -84,10 +89,11 @@ class Cells:
         try:
             if pretraining:
                 init = self.folder / "tables" / f"{self.name(pretraining, seed=seed)}.npz"
-                if not init.exists():
-                    part = init.with_suffix(".part.npz")  # an interrupted pre-training writes its best so far
-                    self.command(*pretraining, *self.source, "--seed", str(seed), "--out", str(part))
-                    os.replace(part, init)
+                with self.locks[init]:  # another cell may want the same tables
+                    if not init.exists():
+                        part = init.with_suffix(".part.npz")  # an interrupted pre-training writes its best so far
+                        self.command(*pretraining, *self.source, "--seed", str(seed), "--out", str(part))
+                        os.replace(part, init)
                 meta = data.load_embeddings(init)["meta"]
                 report = meta["report"] | {"method": meta["method"]}
             found = path.with_suffix(".found")
@@ -125,22 +131,24 @@ def pretraining(system, *flags):
     return ("mmcpr.py", *flags) if system == "mmcpr" else ("baselines.py", "--method", system, *flags)
 
 
-def choose_rates(cells, systems, args):
-    """{system: its learning-rate flags}: of args.rates, the best validation Recall@20 after fine-tuning, first seed only."""
-    trained = [system for system in systems if system not in ("random", "clip")]
-    grid = [(system, lr) for system in trained for lr in args.rates]
-    found = cells.all([(pretraining(system, "--lr", lr), (), args.seeds[0]) for system, lr in grid], "learning rates")
-    chosen = {system: () for system in systems}
-    for system in trained:
-        trials = [(cell["finetune"]["valid"]["recall@20"], lr) for (name, lr), cell in zip(grid, found) if cell and name == system]
-        chosen[system] = ("--lr", max(trials)[1]) if trials else ()
-    return chosen
+def choose(cells, systems, args):
+    """{system: (flags of its pre-training, flags of finetune.py)}: learning rate and scale of the start, of args.rates and SCALES
+    the pair with the best validation Recall@20 after fine-tuning, on the first seed."""
+    rates = {system: [("--lr", lr) for lr in args.rates] if system not in ("random", "clip") else [()] for system in systems}
+    grid = [(system, rate, scale) for scale in SCALES for system in systems for rate in rates[system] if system != "random" or not scale]
+    found = cells.all([(pretraining(system, *rate), scale, args.seeds[0]) for system, rate, scale in grid], "learning rate and scale")
+    chosen = {}
+    for (system, *pair), cell in zip(grid, found):
+        value = cell["finetune"]["valid"]["recall@20"] if cell else -1
+        if value > chosen.get(system, (-2,))[0]:
+            chosen[system] = (value, *pair)
+    return {system: pair for system, (_, *pair) in chosen.items()}
 
 
-def mmcpr_at_best_rate(cells, args):
-    """(*flags) -> the command that pre-trains MMCPR with them, at the learning rate that validation chose for it."""
-    rate = choose_rates(cells, ["mmcpr"], args)["mmcpr"]
-    return lambda *flags: pretraining("mmcpr", *rate, *flags)
+def mmcpr_as_chosen(cells, args):
+    """(function: flags -> the command that pre-trains MMCPR with them, flags of finetune.py), as validation chose them."""
+    rate, scale = choose(cells, ["mmcpr"], args)["mmcpr"]
+    return lambda *flags: pretraining("mmcpr", *rate, *flags), scale
 
 
 # --- Tables ---------------------------------------------------------------------------------------------------------
@@ -187,8 +195,8 @@ def table1(cells, args, show):
 
 
 def table2(cells, args, show):
-    rates = choose_rates(cells, SYSTEMS.values(), args)
-    wanted = [(pretraining(system, *rates[system]), (), seed) for system in SYSTEMS.values() for seed in args.seeds]
+    chosen = choose(cells, SYSTEMS.values(), args)
+    wanted = [(pretraining(system, *chosen[system][0]), chosen[system][1], seed) for system in SYSTEMS.values() for seed in args.seeds]
     found = cells.all(wanted, "table 2")
     rows = by_row(SYSTEMS, found)
     label = lambda name, row: "text+image" if name == "CLIP" and row[0]["report"]["method"] == "text+image" else name
@@ -198,22 +206,23 @@ def table2(cells, args, show):
     others = {metric: max((name for name in rows if name != "MMCPR"), key=lambda name: test(rows[name], metric).mean())
               for metric in ("recall@20", "ndcg@20")}
     paper = dict(zip(SYSTEMS, PAPER.get(args.label, ())))
-    rate = {name: rates[system][-1] if rates.get(system) else "" for name, system in SYSTEMS.items()}
+    rate = {name: " ".join(chosen[system][0][1:]) for name, system in SYSTEMS.items()}
+    start = {name: "as is" if chosen[system][1] else "Xavier's" for name, system in SYSTEMS.items()}
     has_users = lambda row: row[0]["report"] is not None and "user" in row[0]["report"]["rms"]
     users = {name: "its own" if has_users(row) else "random" for name, row in rows.items()}
-    extra = [("users", users), ("lr", rate)] + ([("paper, recall@20", {name: f"{value:.4f}" for name, value in paper.items()})] if paper else [])
+    extra = [("users", users), ("lr", rate), ("scale", start)] + ([("paper, recall@20", {name: f"{value:.4f}" for name, value in paper.items()})] if paper else [])
     lines = [*table(f"Table 2, {args.label}, seeds {' '.join(map(str, args.seeds))}", rows, extra), ""]
     for metric, best in others.items():
-        value, other, start = (test(rows[name], metric) for name in ("MMCPR", best, "Random"))
-        lines.append(f"- MMCPR's {metric}: over Random {gain(value, start)}; over the best other, {best}, {gain(value, other)}")
+        value, other, random = (test(rows[name], metric) for name in ("MMCPR", best, "Random"))
+        lines.append(f"- MMCPR's {metric}: over Random {gain(value, random)}; over the best other, {best}, {gain(value, other)}")
     lines += ["", P_VALUE + " The best other is the best on test. users: where a system brings none, fine-tuning starts them at random."]
     show("table2", lines)
 
 
 def table3(cells, args, show):
-    command = mmcpr_at_best_rate(cells, args)
+    command, start = mmcpr_as_chosen(cells, args)
     variants = {"w/o CIMA (λ = 0)": ("--lam", "0"), "w/o BCE (λ = 1)": ("--lam", "1"), "MMCPR": ()}
-    found = cells.all([(command(*flags), (), seed) for flags in variants.values() for seed in args.seeds], "table 3")
+    found = cells.all([(command(*flags), start, seed) for flags in variants.values() for seed in args.seeds], "table 3")
     rows = by_row(variants, found)
     against = {f"{metric} against MMCPR": {name: gain(test(row, metric), test(rows["MMCPR"], metric)) for name, row in rows.items()
                                            if name != "MMCPR"} for metric in ("recall@20", "ndcg@20")}
@@ -224,10 +233,12 @@ def table3(cells, args, show):
 
 def scale(cells, args, show):
     """What is left of the gain where both starts have one scale."""
-    ours = mmcpr_at_best_rate(cells, args)()
+    command, _ = mmcpr_as_chosen(cells, args)
     run = lambda command, *flags: cells.all([(command, flags, seed) for seed in args.seeds], "scale")
-    rows = {"MMCPR, to Xavier's RMS (the default)": run(ours), "MMCPR, as is": run(ours, "--scale", "asis"), "Random, Xavier": run(None)}
-    rows["Random, at the RMS of MMCPR as is"] = run(None, "--scale", rms(rows["MMCPR, as is"]))
+    rows = {}
+    for name, ours in (("MMCPR", command()), ("w/o CIMA", command("--lam", "0"))):
+        rows |= {f"{name}, to Xavier's RMS": run(ours), f"{name}, as is": run(ours, "--scale", "asis")}
+    rows |= {"Random, Xavier": run(None), "Random, at the RMS of MMCPR as is": run(None, "--scale", rms(rows["MMCPR, as is"]))}
     show("scale", table(f"Scale of the start, {args.label}, seeds {' '.join(map(str, args.seeds))}", rows))
 
 
@@ -261,11 +272,11 @@ def plot(path, panels):
 
 
 def fig3(cells, args, show):
-    command = mmcpr_at_best_rate(cells, args)
-    full = cells.run(command(), (), args.seeds[0])["report"]["attention"]
+    command, start = mmcpr_as_chosen(cells, args)
+    full = cells.run(command(), start, args.seeds[0])["report"]["attention"]
     there = {m for side in full.values() for m in side}
     subsets = [s for s in ("T", "V", "R", "G", "TV", "TG", "VG", "RG", "TVG", "RTVG") if set(s) <= there]
-    found = cells.all([(command("--modalities", subset), (), seed) for subset in subsets for seed in args.seeds], "figure 3")
+    found = cells.all([(command("--modalities", subset), start, seed) for subset in subsets for seed in args.seeds], "figure 3")
     rows = by_row(subsets, found)
     subsets = list(rows)
     attention = {(subset, side): {m: [cell["report"]["attention"][side][m] for cell in rows[subset]] for m in
@@ -285,11 +296,11 @@ def fig3(cells, args, show):
 
 
 def fig4(cells, args, show):
-    command = mmcpr_at_best_rate(cells, args)
+    command, start = mmcpr_as_chosen(cells, args)
     weights = ("0", "0.2", "0.4", "0.6", "0.8", "1")
     points = [(form, lam) for form in ("softmax", "bce") for lam in weights]
     flags = lambda form, lam: (*(("--lam", lam) if lam != "0.2" else ()), *(("--cima", form) if form == "bce" and lam != "0" else ()))
-    found = cells.all([(command(*flags(*point)), (), seed) for point in points for seed in args.seeds], "figure 4")
+    found = cells.all([(command(*flags(*point)), start, seed) for point in points for seed in args.seeds], "figure 4")
     rows = by_row([f"{form}, λ = {lam}" for form, lam in points], found)
     show("fig4", table(f"Figure 4, {args.label}, seeds {' '.join(map(str, args.seeds))}", rows))
     plot(args.folder / "fig4.png", {metric: {form: ([float(lam) for f, lam in points if f == form and f"{f}, λ = {lam}" in rows],

@@ -2163,14 +2163,15 @@ def test_all_tables_and_figures(sweep, capsys):
     assert len(ran) == count and before == {path.name: path.read_bytes() for path in folder.glob("*.md")}
 
 
-def test_learning_rate_is_the_validations_choice(sweep):
+def test_learning_rate_and_scale_are_the_validations_choice(sweep):
     target, ran = sweep
-    assert target("table3", "--seeds", 3) == 0
-    trials = [json.loads(path.read_text()) for path in Path("results/shop/cells").glob("*.json")]
-    trials = {c["pretraining"][2]: c["finetune"]["valid"]["recall@20"] for c in trials if len(c["pretraining"]) == 3}
-    assert set(trials) == {"1e-4", "1e-3", "1e-2"}
-    chosen = {command[2] for command in ran if command[0] == "mmcpr.py" and "--lam" in command}
+    assert target("table3", "--seeds", 3, "--rates", "1e-3", "1e-1") == 0
+    cells = [json.loads(path.read_text()) for path in Path("results/shop/cells").glob("*.json")]
+    trials = {(c["pretraining"][2], *c["finetuning"]): c["finetune"]["valid"]["recall@20"] for c in cells if len(c["pretraining"]) == 3}
+    assert set(trials) == {(rate, *scale) for rate in ("1e-3", "1e-1") for scale in ((), ("--scale", "asis"))}
+    chosen = {(c["pretraining"][2], *c["finetuning"]) for c in cells if "--lam" in c["pretraining"]}
     assert len(chosen) == 1 and trials[chosen.pop()] == max(trials.values())
+    assert len([c for c in ran if c[0] == "mmcpr.py" and "--lam" not in c]) == 2  # both scales start from the same tables
 
 
 def test_interrupted_sweep_goes_on_and_a_failing_cell_is_named(sweep, capsys, monkeypatch):
@@ -2182,7 +2183,7 @@ def test_interrupted_sweep_goes_on_and_a_failing_cell_is_named(sweep, capsys, mo
     monkeypatch.setattr(reproduce.Cells, "command", command)
     done, ran[:] = [c for c in ran if c[0] == "mmcpr.py"][:2], []
     assert target("scale", "--seeds", 0) == 0
-    assert not {c[2] for c in ran if c[0] == "mmcpr.py"} & {c[2] for c in done}
+    assert not {c[:5] for c in ran} & {c[:5] for c in done}
 
 
 def test_what_an_interrupted_pretraining_left_is_not_used(sweep, capsys, monkeypatch):
