@@ -345,7 +345,7 @@ def arguments():
     parser = argparse.ArgumentParser(description="Train LightGCN with MixGCF from any initialiser; print the test metrics.",
                                      formatter_class=data.Help)
     parser.add_argument("--init", default="random", help="random, or an emb.npz")
-    parser.add_argument("--scale", type=scale, default="xavier", help="RMS of the initial tables: xavier, asis, or a number")
+    parser.add_argument("--scale", type=scale, default="asis", help="RMS of the initial tables: asis, xavier, or a number")
     parser.add_argument("--missing-side", choices=("random", "mean"), default="random",
                         help="users that emb.npz does not have: random, or the mean of their training items")
     parser.add_argument("--seeds", type=data.non_negative, nargs="+", default=[0], help="one run each")

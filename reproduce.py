@@ -33,7 +33,7 @@ import mmcpr
 
 HERE = Path(__file__).resolve().parent
 GRID = ("1e-4", "1e-3", "1e-2")
-SCALES = ((), ("--scale", "asis"))  # of the tables to start from: Xavier's, the default, and their own
+SCALES = ((), ("--scale", "xavier"))  # of the tables to start from: as they are, or brought to a random start's
 METRICS = [f"{name}@{k}" for name in ("recall", "ndcg") for k in (20, 40, 60)]
 SYSTEMS = {"Random": "random", "CLIP": "clip", "MMGCN": "mmgcn", "GPT-GNN": "gptgnn", "Graph-BERT": "graphbert", "PMGT": "pmgt",
            "GCN-P": "gcnp", "MMCPR": "mmcpr"}
@@ -207,7 +207,7 @@ def table2(cells, args, show):
               for metric in ("recall@20", "ndcg@20")}
     paper = dict(zip(SYSTEMS, PAPER.get(args.label, ())))
     rate = {name: " ".join(chosen[system][0][1:]) for name, system in SYSTEMS.items()}
-    start = {name: "as is" if chosen[system][1] else "Xavier's" for name, system in SYSTEMS.items()}
+    start = {name: "Xavier's" if chosen[system][1] else "as is" for name, system in SYSTEMS.items()}
     has_users = lambda row: row[0]["report"] is not None and "user" in row[0]["report"]["rms"]
     users = {name: "its own" if has_users(row) else "random" for name, row in rows.items()}
     extra = [("users", users), ("lr", rate), ("scale", start)] + ([("paper, recall@20", {name: f"{value:.4f}" for name, value in paper.items()})] if paper else [])
@@ -237,7 +237,7 @@ def scale(cells, args, show):
     run = lambda command, *flags: cells.all([(command, flags, seed) for seed in args.seeds], "scale")
     rows = {}
     for name, ours in (("MMCPR", command()), ("w/o CIMA", command("--lam", "0"))):
-        rows |= {f"{name}, to Xavier's RMS": run(ours), f"{name}, as is": run(ours, "--scale", "asis")}
+        rows |= {f"{name}, as is": run(ours), f"{name}, to Xavier's RMS": run(ours, "--scale", "xavier")}
     rows |= {"Random, Xavier": run(None), "Random, at the RMS of MMCPR as is": run(None, "--scale", rms(rows["MMCPR, as is"]))}
     show("scale", table(f"Scale of the start, {args.label}, seeds {' '.join(map(str, args.seeds))}", rows))
 

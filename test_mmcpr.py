@@ -804,7 +804,7 @@ def test_missing_side_reaches_the_start(trained):
     with np.load("emb.npz") as file:
         np.savez("items.npz", **{name: file[name] for name in file.files if name != "user"})
     assert run(finetune.main, "--init", "items.npz", "--missing-side", "mean", "--epochs", 0, "--layers", 0,
-               "--scale", "asis", "--out", "f.npz") == 0
+               "--out", "f.npz") == 0
     arrays, train = data.load_embeddings("f.npz"), data.split_dataset(data.load("shop", contents=False)).train
     np.testing.assert_allclose(arrays["user"][0], arrays["item"][train[[0]].indices].mean(0), rtol=1e-5)
 
@@ -2168,7 +2168,7 @@ def test_learning_rate_and_scale_are_the_validations_choice(sweep):
     assert target("table3", "--seeds", 3, "--rates", "1e-3", "1e-1") == 0
     cells = [json.loads(path.read_text()) for path in Path("results/shop/cells").glob("*.json")]
     trials = {(c["pretraining"][2], *c["finetuning"]): c["finetune"]["valid"]["recall@20"] for c in cells if len(c["pretraining"]) == 3}
-    assert set(trials) == {(rate, *scale) for rate in ("1e-3", "1e-1") for scale in ((), ("--scale", "asis"))}
+    assert set(trials) == {(rate, *scale) for rate in ("1e-3", "1e-1") for scale in ((), ("--scale", "xavier"))}
     chosen = {(c["pretraining"][2], *c["finetuning"]) for c in cells if "--lam" in c["pretraining"]}
     assert len(chosen) == 1 and trials[chosen.pop()] == max(trials.values())
     assert len([c for c in ran if c[0] == "mmcpr.py" and "--lam" not in c]) == 2  # both scales start from the same tables
@@ -2218,7 +2218,7 @@ def test_tables_of_interactions_alone(sweep, tmp_path):
 def test_changed_defaults_and_data_are_other_cells(tmp_path, monkeypatch):
     cells = reproduce.Cells(("--data", "demo"), "abc", tmp_path, 1)
     name = cells.name(("mmcpr.py", "--lam", "0"), ("finetune.py",), seed=0)
-    assert name == cells.name(("mmcpr.py", "--lam", "0.0"), ("finetune.py", "--scale", "xavier"), seed=0)
+    assert name == cells.name(("mmcpr.py", "--lam", "0.0"), ("finetune.py", "--scale", "asis"), seed=0)
     others = {cells.name(("mmcpr.py", "--lam", "0"), ("finetune.py",), seed=1), cells.name(None, ("finetune.py",), seed=0),
               reproduce.Cells((), "abd", tmp_path, 1).name(("mmcpr.py", "--lam", "0"), ("finetune.py",), seed=0)}
     assert name not in others and len(others) == 3
