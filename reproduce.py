@@ -165,7 +165,10 @@ def spread(values):
 def gain(ours, other):
     """The relative gain with its paired t-test over seeds."""
     text = f"{ours.mean() / other.mean() - 1:+.1%}"
-    return text + (f" (p = {stats.ttest_rel(ours, other).pvalue:.3f})" if len(ours) > 1 and np.any(ours != other) else "")
+    if len(ours) < 2 or np.all(ours == other):
+        return text
+    p = stats.ttest_rel(ours, other).pvalue
+    return f"{text} (p < 0.001)" if p < 0.001 else f"{text} (p = {p:.3f})"
 
 
 def table(title, rows, extra=()):
@@ -200,17 +203,19 @@ def table2(cells, args, show):
     found = cells.all(wanted, "table 2")
     rows = by_row(SYSTEMS, found)
     label = lambda name, row: "text+image" if name == "CLIP" and row[0]["report"]["method"] == "text+image" else name
+    systems = {label(name, row): SYSTEMS[name] for name, row in rows.items()}
     rows = {label(name, row): row for name, row in rows.items()}
     again = cells.all([(None, ("--scale", rms(rows["MMCPR"])), seed) for seed in args.seeds], "Random at MMCPR's RMS")
     rows = {"Random": rows.pop("Random"), "Random at MMCPR's RMS": again, **rows}
     others = {metric: max((name for name in rows if name != "MMCPR"), key=lambda name: test(rows[name], metric).mean())
               for metric in ("recall@20", "ndcg@20")}
     paper = dict(zip(SYSTEMS, PAPER.get(args.label, ())))
-    rate = {name: " ".join(chosen[system][0][1:]) for name, system in SYSTEMS.items()}
-    start = {name: "Xavier's" if chosen[system][1] else "as is" for name, system in SYSTEMS.items()}
+    rate = {name: " ".join(chosen[system][0][1:]) for name, system in systems.items()}
+    start = {name: "Xavier's" if chosen[system][1] or system == "random" else "as is" for name, system in systems.items()}
     has_users = lambda row: row[0]["report"] is not None and "user" in row[0]["report"]["rms"]
     users = {name: "its own" if has_users(row) else "random" for name, row in rows.items()}
-    extra = [("users", users), ("lr", rate), ("scale", start)] + ([("paper, recall@20", {name: f"{value:.4f}" for name, value in paper.items()})] if paper else [])
+    extra = [("users", users), ("lr", rate), ("scale", start)]
+    extra += [("paper, recall@20", {name: f"{value:.4f}" for name, value in paper.items()})] if paper else []
     lines = [*table(f"Table 2, {args.label}, seeds {' '.join(map(str, args.seeds))}", rows, extra), ""]
     for metric, best in others.items():
         value, other, random = (test(rows[name], metric) for name in ("MMCPR", best, "Random"))
@@ -244,7 +249,7 @@ def scale(cells, args, show):
 
 # --- Figures --------------------------------------------------------------------------------------------------------
 
-def plot(path, panels):
+def plot(path, panels, xlabel=""):
     """One panel per entry {title: {curve: (x, [n_seeds of values] per x)}}: means and standard deviations over seeds.
 
     Where x are names: bars, or points where several curves share the names.
@@ -260,9 +265,10 @@ def plot(path, panels):
                 axis.bar(x, mean, yerr=deviation, capsize=3)
                 axis.set_ylim(0.9 * min(mean))  # as the paper cuts its bars
             else:
-                style = {"linestyle": ""} if isinstance(x[0], str) else {}
-                axis.errorbar(x, mean, yerr=deviation, marker="o" if len(x) < 20 else "", capsize=3, label=label, **style)
-        axis.set_title(title)
+                style = {"linestyle": "", "color": f"C{'RTVG'.index(label)}"} if isinstance(x[0], str) else {}
+                bars = {"yerr": deviation, "capsize": 3} if any(deviation) else {}
+                axis.errorbar(x, mean, marker="o" if len(x) < 20 else "", label=label, **bars, **style)
+        axis.set(title=title, xlabel=xlabel)
         axis.grid(alpha=0.3)
         if len(curves) > 1:
             axis.legend()
@@ -286,13 +292,16 @@ def fig3(cells, args, show):
     lines = table(f"Figure 3, {args.label}, seeds {' '.join(map(str, args.seeds))}", rows, [("mean attention where present", column)])
     show("fig3", [*lines, "", "A side that a subset leaves with nothing (users under T, V, TV) has a trained table instead."])
     plot(args.folder / "fig3.png", {metric: {"MMCPR": (subsets, [test(rows[s], metric) for s in subsets])} for metric in ("recall@20", "ndcg@20")})
-    plot(args.folder / "attention.png", {f"mean attention, {side}s": {m: (subsets, [attention[s, side].get(m, [np.nan]) for s in subsets])
-                                                                      for m in "RTVG" if any(m in attention[s, side] for s in subsets)}
-                                         for side in ("user", "item")})
+    panels = {}
+    for side in ("user", "item"):
+        shown = [s for s in subsets if attention[s, side]]
+        panels[f"mean attention, {side}s"] = {m: (shown, [attention[s, side].get(m, [np.nan]) for s in shown])
+                                              for m in "RTVG" if any(m in attention[s, side] for s in shown)}
+    plot(args.folder / "attention.png", {title: curves for title, curves in panels.items() if curves})
     curves = {"loss per positive (BCE)": "bce", "validation Recall@20": "recall@20"}
     plot(args.folder / "training.png", {title: {subset: ([p["epoch"] for p in cells_[0]["report"]["history"]],
                                                          [[p[key]] for p in cells_[0]["report"]["history"]])
-                                                for subset, cells_ in rows.items() if len(subset) != 2} for title, key in curves.items()})
+                                                for subset, cells_ in rows.items() if len(subset) != 2} for title, key in curves.items()}, "epoch")
 
 
 def fig4(cells, args, show):
@@ -306,7 +315,7 @@ def fig4(cells, args, show):
     plot(args.folder / "fig4.png", {metric: {form: ([float(lam) for f, lam in points if f == form and f"{f}, λ = {lam}" in rows],
                                                     [test(rows[f"{f}, λ = {lam}"], metric) for f, lam in points
                                                      if f == form and f"{f}, λ = {lam}" in rows])
-                                             for form in ("softmax", "bce")} for metric in ("recall@20", "ndcg@20")})
+                                             for form in ("softmax", "bce")} for metric in ("recall@20", "ndcg@20")}, "λ")
 
 
 # --- The command line -----------------------------------------------------------------------------------------------
