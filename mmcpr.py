@@ -481,7 +481,9 @@ def pretrain(parts, features, args, device="cpu", checkpoint=None):
     if args.lam > 0 and len(paired) < 2:
         print("no two items have both text and image: CIMA is left out")
     positives = batch * train.nnz / n_users  # the mean number in a block: what L2 is divided by
-    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
+    # Of the mean loss a user's row sees 1 / n_users: a decay that did not fall with it would weigh more the larger the data.
+    decay = args.weight_decay / n_users
+    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, weight_decay=decay, fused=True)
     plateau = popularity_loss(train)
     # All that changes in training. passed: the epoch at which the plateau was left
     run = {"epoch": 1, "step": 0, "blocks": None, "sums": torch.zeros(2, device=device), "passed": 0, "history": [],
@@ -612,7 +614,8 @@ def arguments():
     parser.add_argument("--layers", type=data.non_negative, default=2, help="LightGCN layers of the graph encoder")
     parser.add_argument("--dim", type=data.positive, default=64, help="width d of the common space")
     parser.add_argument("--lr", type=float, default=1e-3, help="Adam's learning rate")
-    parser.add_argument("--weight-decay", type=float, default=3e-4, help="Adam's, on all that is trained")
+    parser.add_argument("--weight-decay", type=float, default=0.6, help="Adam's, times the number of users; on all "
+                        "that is trained")
     parser.add_argument("--batch", type=data.positive, default=2048, help="users in a block, items in CIMA's N x N")
     parser.add_argument("--epochs", type=data.positive, default=1000, help="at most; one is a pass over the users")
     parser.add_argument("--patience", type=data.positive, default=100, help="epochs without a better validation Recall@20")
