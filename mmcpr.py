@@ -133,8 +133,9 @@ class Tower(nn.Module):
     """One side: modality encoders, projections, inter-modal aggregation (users Eq. 1-8, items Eq. 9-14).
 
     features: {modality: float [n, d_m]}, NaN rows where a node lacks it; frozen, L2-normalised here, since raw norms differ
-    20-fold between modalities, then centred and brought to a root mean square norm of 1. graph: a CoInteractionGraph, or None. A node with no modality at all (reviews alone, and it
-    has none; a whole side when --modalities leaves it nothing) uses its row of a trainable table instead.
+    20-fold between modalities, then centred and brought to a root mean square norm of 1. graph: a CoInteractionGraph, or None.
+    A node with no modality at all (reviews alone, and it has none; a whole side when --modalities leaves it nothing) uses its
+    row of a trainable table instead.
     """
 
     def __init__(self, n, features, graph, dim=64, n_layers=2):
@@ -148,8 +149,9 @@ class Tower(nn.Module):
             x = F.normalize(torch.nan_to_num(x))
             present[:, m] = there = x.any(1)
             # Encoders' outputs lie in a narrow cone: W and b absorb centre and scale, but Adam would take ages to find them.
-            x[there] -= x[there].mean(0)
-            x /= x[there].square().sum(1).mean().sqrt().clamp(min=1e-3)
+            if there.any():
+                x[there] -= x[there].mean(0)
+                x /= x[there].square().sum(1).mean().sqrt().clamp(min=1e-3)
             self.register_buffer(f"feature_{name}", x, persistent=False)
         self.register_buffer("present", present, persistent=False)
         width = {name: x.shape[1] for name, x in features.items()} | {"G": dim}

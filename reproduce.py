@@ -7,9 +7,9 @@
 
 A cell is one pre-training and one fine-tuning, by the commands a reader would type. What it found is kept as JSON in
 results/<data>/cells, named after all options of those commands and the split: an interrupted sweep goes on, a second call only
-prints. Pre-training is repeated for every seed, the split stays. Each system's learning rate, of the paper's grid, and the scale at which its
-tables are handed over, as they are or Xavier's, are chosen on the first seed by the validation Recall@20 after fine-tuning; variants of
-MMCPR keep MMCPR's.
+prints. Pre-training is repeated for every seed, the split stays. Each system's learning rate, of the paper's grid, and the scale at
+which its tables are handed over, as they are or Xavier's, are chosen on the first seed by the validation Recall@20 after fine-tuning;
+variants of MMCPR keep MMCPR's.
 """
 import argparse
 import hashlib
@@ -132,17 +132,18 @@ def pretraining(system, *flags):
 
 
 def choose(cells, systems, args):
-    """{system: (flags of its pre-training, flags of finetune.py)}: learning rate and scale of the start, of args.rates and SCALES
-    the pair with the best validation Recall@20 after fine-tuning, on the first seed."""
+    """{system: [flags of its pre-training, flags of finetune.py]}: learning rate and scale of the start.
+
+    Of all pairs of args.rates and SCALES the one with the best validation Recall@20 after fine-tuning, on the first seed.
+    """
     rates = {system: [("--lr", lr) for lr in args.rates] if system not in ("random", "clip") else [()] for system in systems}
     grid = [(system, rate, scale) for scale in SCALES for system in systems for rate in rates[system] if system != "random" or not scale]
     found = cells.all([(pretraining(system, *rate), scale, args.seeds[0]) for system, rate, scale in grid], "learning rate and scale")
+    value = lambda trial: trial[1]["finetune"]["valid"]["recall@20"] if trial[1] else -1
     chosen = {}
-    for (system, *pair), cell in zip(grid, found):
-        value = cell["finetune"]["valid"]["recall@20"] if cell else -1
-        if value > chosen.get(system, (-2,))[0]:
-            chosen[system] = (value, *pair)
-    return {system: pair for system, (_, *pair) in chosen.items()}
+    for (system, *pair), _ in sorted(zip(grid, found), key=value, reverse=True):
+        chosen.setdefault(system, pair)
+    return chosen
 
 
 def mmcpr_as_chosen(cells, args):
@@ -180,6 +181,11 @@ def table(title, rows, extra=()):
     return lines
 
 
+def paper_column(names, values):
+    """The extra column of the paper's Recall@20; none where the paper does not have the data set."""
+    return [("paper, recall@20", {name: f"{value:.4f}" for name, value in zip(names, values)})] if values else []
+
+
 def rms(cells):
     """The RMS of the tables a list of cells started from, of the first seed."""
     return f"{cells[0]['report']['rms']['all']:.4g}"
@@ -209,13 +215,11 @@ def table2(cells, args, show):
     rows = {"Random": rows.pop("Random"), "Random at MMCPR's RMS": again, **rows}
     others = {metric: max((name for name in rows if name != "MMCPR"), key=lambda name: test(rows[name], metric).mean())
               for metric in ("recall@20", "ndcg@20")}
-    paper = dict(zip(SYSTEMS, PAPER.get(args.label, ())))
     rate = {name: " ".join(chosen[system][0][1:]) for name, system in systems.items()}
     start = {name: "Xavier's" if chosen[system][1] or system == "random" else "as is" for name, system in systems.items()}
     has_users = lambda row: row[0]["report"] is not None and "user" in row[0]["report"]["rms"]
     users = {name: "its own" if has_users(row) else "random" for name, row in rows.items()}
-    extra = [("users", users), ("lr", rate), ("scale", start)]
-    extra += [("paper, recall@20", {name: f"{value:.4f}" for name, value in paper.items()})] if paper else []
+    extra = [("users", users), ("lr", rate), ("scale", start), *paper_column(SYSTEMS, PAPER.get(args.label, ()))]
     lines = [*table(f"Table 2, {args.label}, seeds {' '.join(map(str, args.seeds))}", rows, extra), ""]
     for metric, best in others.items():
         value, other, random = (test(rows[name], metric) for name in ("MMCPR", best, "Random"))
@@ -229,10 +233,9 @@ def table3(cells, args, show):
     variants = {"w/o CIMA (λ = 0)": ("--lam", "0"), "w/o BCE (λ = 1)": ("--lam", "1"), "MMCPR": ()}
     found = cells.all([(command(*flags), start, seed) for flags in variants.values() for seed in args.seeds], "table 3")
     rows = by_row(variants, found)
-    against = {f"{metric} against MMCPR": {name: gain(test(row, metric), test(rows["MMCPR"], metric)) for name, row in rows.items()
-                                           if name != "MMCPR"} for metric in ("recall@20", "ndcg@20")}
-    paper = {"paper, recall@20": {name: f"{value:.4f}" for name, value in zip(variants, PAPER_ABLATION.get(args.label, ()))}}
-    extra = list((against | (paper if args.label in PAPER_ABLATION else {})).items())
+    against = [(f"{metric} against MMCPR", {name: gain(test(row, metric), test(rows["MMCPR"], metric)) for name, row in rows.items()
+                                            if name != "MMCPR"}) for metric in ("recall@20", "ndcg@20")]
+    extra = [*against, *paper_column(variants, PAPER_ABLATION.get(args.label, ()))]
     show("table3", [*table(f"Table 3, {args.label}, seeds {' '.join(map(str, args.seeds))}", rows, extra), "", P_VALUE])
 
 

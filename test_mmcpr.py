@@ -216,6 +216,17 @@ def test_tower_projects_normalised_features_and_the_graph():
     assert model.own is None
 
 
+def test_a_modality_that_nobody_has_changes_nothing():
+    """All rows NaN: no attention, and finite values and gradients."""
+    image = np.random.default_rng(9).normal(size=(5, 3))
+    model = mmcpr.Tower(5, {"T": np.full((5, 2), np.nan), "V": image}, None, dim=4)
+    e, alpha, projected = model(torch.arange(5))
+    torch.testing.assert_close(e, projected[:, 1])
+    assert not alpha[:, 0].any()
+    (e ** 2).sum().backward()
+    assert all(p.grad is None or torch.isfinite(p.grad).all() for p in model.parameters())
+
+
 def test_a_node_with_nothing_uses_its_own_row():
     """No graph and no features for some nodes, or for a whole side: a trainable row of its own, so that L2 is defined."""
     text = np.random.default_rng(8).normal(size=(6, 3))
@@ -818,6 +829,15 @@ def test_pretraining_patience_starts_after_the_plateau(trained, monkeypatch):
         assert run(mmcpr.main, "--data", "shop", *QUICK[2:], "--epochs", 30, "--patience", 10, "--out", "e.npz") == 0
         ends[height] = data.load_embeddings("e.npz")["meta"]["report"]["epochs_run"]
     assert ends == {1e9: 12, -1: 30}
+
+
+def test_weight_decay_falls_with_the_number_of_users(trained, monkeypatch):
+    """Adam gets --weight-decay / n_users (40 here)."""
+    given, Adam = [], torch.optim.Adam
+    monkeypatch.setattr(torch.optim, "Adam", lambda *args, **options: given.append(options["weight_decay"]) or Adam(*args, **options))
+    for flags in ((), ("--weight-decay", 2)):
+        assert run(mmcpr.main, "--data", "shop", *QUICK[2:], "--epochs", 1, *flags, "--out", "e.npz") == 0
+    assert given == [0.6 / 40, 2 / 40]
 
 
 @pytest.mark.parametrize("n_users, batch", [(40, 40), (40, 17)])
