@@ -136,7 +136,8 @@ def choose(cells, systems, args):
 
     Of all pairs of args.rates and SCALES the one with the best validation Recall@20 after fine-tuning, on the first seed.
     """
-    rates = {system: [("--lr", lr) for lr in args.rates] if system not in ("random", "clip") else [()] for system in systems}
+    patience = ("--patience", str(args.patience)) if args.patience else ()
+    rates = {system: [("--lr", lr, *patience) for lr in args.rates] if system not in ("random", "clip") else [()] for system in systems}
     grid = [(system, rate, scale) for scale in SCALES for system in systems for rate in rates[system] if system != "random" or not scale]
     found = cells.all([(pretraining(system, *rate), scale, args.seeds[0]) for system, rate, scale in grid], "learning rate and scale")
     value = lambda trial: trial[1]["finetune"]["valid"]["recall@20"] if trial[1] else -1
@@ -172,9 +173,10 @@ def gain(ours, other):
     return f"{text} (p < 0.001)" if p < 0.001 else f"{text} (p = {p:.3f})"
 
 
-def table(title, rows, extra=()):
-    """Markdown of rows {name: cells}; extra: {name of a last column: {row: text}}."""
-    lines = [f"# {title}", "", "| | " + " | ".join([*METRICS, *(name for name, _ in extra)]) + " |", "|---" * (1 + len(METRICS) + len(extra)) + "|"]
+def table(title, args, rows, extra=()):
+    """Markdown of rows {name: cells}; extra: [(name of a last column, {row: text})]."""
+    lines = [f"# {title}, {args.label}, seeds {' '.join(map(str, args.seeds))}", "",
+             "| | " + " | ".join([*METRICS, *(name for name, _ in extra)]) + " |", "|---" * (1 + len(METRICS) + len(extra)) + "|"]
     for name, cells in rows.items():
         lines.append(f"| {name} | " + " | ".join([*(spread(test(cells, metric)) for metric in METRICS),
                                                   *(column.get(name, "") for _, column in extra)]) + " |")
@@ -215,12 +217,12 @@ def table2(cells, args, show):
     rows = {"Random": rows.pop("Random"), "Random at MMCPR's RMS": again, **rows}
     others = {metric: max((name for name in rows if name != "MMCPR"), key=lambda name: test(rows[name], metric).mean())
               for metric in ("recall@20", "ndcg@20")}
-    rate = {name: " ".join(chosen[system][0][1:]) for name, system in systems.items()}
+    rate = {name: " ".join(chosen[system][0][1:2]) for name, system in systems.items()}
     start = {name: "Xavier's" if chosen[system][1] or system == "random" else "as is" for name, system in systems.items()}
     has_users = lambda row: row[0]["report"] is not None and "user" in row[0]["report"]["rms"]
     users = {name: "its own" if has_users(row) else "random" for name, row in rows.items()}
     extra = [("users", users), ("lr", rate), ("scale", start), *paper_column(SYSTEMS, PAPER.get(args.label, ()))]
-    lines = [*table(f"Table 2, {args.label}, seeds {' '.join(map(str, args.seeds))}", rows, extra), ""]
+    lines = [*table("Table 2", args, rows, extra), ""]
     for metric, best in others.items():
         value, other, random = (test(rows[name], metric) for name in ("MMCPR", best, "Random"))
         lines.append(f"- MMCPR's {metric}: over Random {gain(value, random)}; over the best other, {best}, {gain(value, other)}")
@@ -236,7 +238,7 @@ def table3(cells, args, show):
     against = [(f"{metric} against MMCPR", {name: gain(test(row, metric), test(rows["MMCPR"], metric)) for name, row in rows.items()
                                             if name != "MMCPR"}) for metric in ("recall@20", "ndcg@20")]
     extra = [*against, *paper_column(variants, PAPER_ABLATION.get(args.label, ()))]
-    show("table3", [*table(f"Table 3, {args.label}, seeds {' '.join(map(str, args.seeds))}", rows, extra), "", P_VALUE])
+    show("table3", [*table("Table 3", args, rows, extra), "", P_VALUE])
 
 
 def scale(cells, args, show):
@@ -247,7 +249,7 @@ def scale(cells, args, show):
     for name, ours in (("MMCPR", command()), ("w/o CIMA", command("--lam", "0"))):
         rows |= {f"{name}, as is": run(ours), f"{name}, to Xavier's RMS": run(ours, "--scale", "xavier")}
     rows |= {"Random, Xavier": run(None), "Random, at the RMS of MMCPR as is": run(None, "--scale", rms(rows["MMCPR, as is"]))}
-    show("scale", table(f"Scale of the start, {args.label}, seeds {' '.join(map(str, args.seeds))}", rows))
+    show("scale", table("Scale of the start", args, rows))
 
 
 # --- Figures --------------------------------------------------------------------------------------------------------
@@ -292,7 +294,7 @@ def fig3(cells, args, show):
                                   rows[subset][0]["report"]["attention"][side]} for subset in subsets for side in ("user", "item")}
     column = {subset: "; ".join(f"{side} " + " ".join(f"{m} {np.mean(w):.2f}" for m, w in attention[subset, side].items())
                                 for side in ("user", "item") if attention[subset, side]) for subset in subsets}
-    lines = table(f"Figure 3, {args.label}, seeds {' '.join(map(str, args.seeds))}", rows, [("mean attention where present", column)])
+    lines = table("Figure 3", args, rows, [("mean attention where present", column)])
     show("fig3", [*lines, "", "A side that a subset leaves with nothing (users under T, V, TV) has a trained table instead."])
     plot(args.folder / "fig3.png", {metric: {"MMCPR": (subsets, [test(rows[s], metric) for s in subsets])} for metric in ("recall@20", "ndcg@20")})
     panels = {}
@@ -314,7 +316,7 @@ def fig4(cells, args, show):
     flags = lambda form, lam: (*(("--lam", lam) if lam != "0.2" else ()), *(("--cima", form) if form == "bce" and lam != "0" else ()))
     found = cells.all([(command(*flags(*point)), start, seed) for point in points for seed in args.seeds], "figure 4")
     rows = by_row([f"{form}, λ = {lam}" for form, lam in points], found)
-    show("fig4", table(f"Figure 4, {args.label}, seeds {' '.join(map(str, args.seeds))}", rows))
+    show("fig4", table("Figure 4", args, rows))
     plot(args.folder / "fig4.png", {metric: {form: ([float(lam) for f, lam in points if f == form and f"{f}, λ = {lam}" in rows],
                                                     [test(rows[f"{f}, λ = {lam}"], metric) for f, lam in points
                                                      if f == form and f"{f}, λ = {lam}" in rows])
@@ -333,6 +335,7 @@ def main(argv=None):
     parser.add_argument("--data-dir", default="data", help="where data is made, downloaded and cached")
     parser.add_argument("--seeds", type=data.non_negative, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--rates", nargs="+", default=GRID, help="learning rates to choose from; the default is the paper's grid")
+    parser.add_argument("--patience", type=data.positive, help="of every pre-training, in epochs; the default is that of the scripts")
     parser.add_argument("--jobs", type=data.positive, default=1, help="cells at a time; they share the cores")
     parser.add_argument("--results", default="results", help="where tables, figures and cells are kept")
     args = parser.parse_args(argv)

@@ -2194,6 +2194,14 @@ def test_learning_rate_and_scale_are_the_validations_choice(sweep):
     assert len([c for c in ran if c[0] == "mmcpr.py" and "--lam" not in c]) == 2  # both scales start from the same tables
 
 
+def test_patience_of_a_sweep_is_that_of_every_pretraining(sweep):
+    target, ran = sweep
+    assert target("table2", "--seeds", 0, "--rates", "1e-2", "--patience", 7) == 0
+    trained = [c for c in ran if c[0] == "mmcpr.py" or c[0] == "baselines.py" and "clip" not in c]
+    assert len(trained) == 6 and all(c[c.index("--patience") + 1] == "7" for c in trained)
+    assert "| 1e-2 |" in Path("results/shop/table2.md").read_text()
+
+
 def test_interrupted_sweep_goes_on_and_a_failing_cell_is_named(sweep, capsys, monkeypatch):
     target, ran = sweep
     command = reproduce.Cells.command
