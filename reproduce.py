@@ -2,7 +2,7 @@
 
     table1    counts of the data set                     table2    all systems of baselines.py beside MMCPR
     table3    MMCPR without CIMA, without BCE            fig3      subsets of the modalities
-    scale     what share is only the initial scale       fig4      the loss weight, both forms of CIMA
+    scale     what share is only scale and smoothing     fig4      the loss weight, both forms of CIMA
     all       all of them
 
 A cell is one pre-training and one fine-tuning, by the commands a reader would type. What it found is kept as JSON in
@@ -41,6 +41,7 @@ PAPER = {  # Recall@20 of the paper's Table 2
     "vg": (.1571, .1712, .1703, .1659, .1696, .1718, .1916, .1939), "tg": (.0876, .0967, .0966, .0931, .1034, .1024, .1025, .1067),
     "sharee": (.1059, .1135, .1106, .1090, .1074, .1077, .1382, .1392)}
 PAPER_ABLATION = {"vg": (.1898, .1729, .1939), "tg": (.1051, .0974, .1067), "sharee": (.1316, .1143, .1392)}  # of its Table 3
+UNTRAINED = ("--lr", "1e-9", "--epochs", "1", "--eval-every", "1")  # the towers as they are drawn
 P_VALUE = "p: paired t-test over the seeds of one split, uncorrected."
 
 
@@ -242,12 +243,16 @@ def table3(cells, args, show):
 
 
 def scale(cells, args, show):
-    """What is left of the gain where both starts have one scale."""
+    """What is left of the gain where both starts have one scale, and where the towers are not trained at all.
+
+    Not trained, they still hand over averages over co-interaction neighbours and projected contents, and not noise.
+    """
     command, _ = mmcpr_as_chosen(cells, args)
     run = lambda command, *flags: cells.all([(command, flags, seed) for seed in args.seeds], "scale")
     rows = {}
     for name, ours in (("MMCPR", command()), ("w/o CIMA", command("--lam", "0"))):
         rows |= {f"{name}, as is": run(ours), f"{name}, to Xavier's RMS": run(ours, "--scale", "xavier")}
+    rows["MMCPR not trained, to Xavier's RMS"] = run(pretraining("mmcpr", *UNTRAINED), "--scale", "xavier")
     rows |= {"Random, Xavier": run(None), "Random, at the RMS of MMCPR as is": run(None, "--scale", rms(rows["MMCPR, as is"]))}
     show("scale", table("Scale of the start", args, rows))
 

@@ -2194,6 +2194,18 @@ def test_learning_rate_and_scale_are_the_validations_choice(sweep):
     assert len([c for c in ran if c[0] == "mmcpr.py" and "--lam" not in c]) == 2  # both scales start from the same tables
 
 
+def test_not_trained_is_what_it_says():
+    """The control's flags leave the towers where their seed drew them."""
+    rng = np.random.default_rng(0)
+    train, text = binary(rng, 40, 30, 0.2), rng.normal(size=(30, 8)).astype(np.float32)
+    args = mmcpr.arguments().parse_args([*reproduce.UNTRAINED, "--seed", "3"])
+    found = mmcpr.pretrain(Namespace(train=train, valid=sp.csr_matrix((40, 30))), {"T": text}, args)
+    torch.manual_seed(3)
+    drawn = mmcpr.MMCPR(train, {"T": text}, args.modalities, args.dim, args.layers, args.norm, args.bias).embed()
+    for table, expected in zip(found[:2], drawn[:2]):
+        np.testing.assert_allclose(table, expected, atol=1e-7)
+
+
 def test_patience_of_a_sweep_is_that_of_every_pretraining(sweep):
     target, ran = sweep
     assert target("table2", "--seeds", 0, "--rates", "1e-2", "--patience", 7) == 0
