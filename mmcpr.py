@@ -484,7 +484,8 @@ def pretrain(parts, features, args, device="cpu", checkpoint=None):
         print("no two items have both text and image: CIMA is left out")
     positives = batch * train.nnz / n_users  # the mean number in a block: what L2 is divided by
     # Of the mean loss a user's row sees 1 / n_users: a decay that did not fall with it would weigh more the larger the data.
-    decay = args.weight_decay / n_users
+    # And a decay that stayed where lam takes weight from BCE would drown it: lam is to weigh CIMA alone.
+    decay = args.weight_decay * (1 - args.lam) / n_users
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, weight_decay=decay, fused=True)
     plateau = popularity_loss(train)
     # All that changes in training. passed: the epoch at which the plateau was left
@@ -616,8 +617,8 @@ def arguments():
     parser.add_argument("--layers", type=data.non_negative, default=2, help="LightGCN layers of the graph encoder")
     parser.add_argument("--dim", type=data.positive, default=64, help="width d of the common space")
     parser.add_argument("--lr", type=float, default=1e-3, help="Adam's learning rate")
-    parser.add_argument("--weight-decay", type=float, default=0.6, help="Adam's, times the number of users; on all "
-                        "that is trained")
+    parser.add_argument("--weight-decay", type=float, default=0.75, help="Adam's, times the number of users, of BCE's "
+                        "share of the loss; on all that is trained")
     parser.add_argument("--batch", type=data.positive, default=2048, help="users in a block, items in CIMA's N x N")
     parser.add_argument("--epochs", type=data.positive, default=1000, help="at most; one is a pass over the users")
     parser.add_argument("--patience", type=data.positive, default=100, help="epochs without a better validation Recall@20")

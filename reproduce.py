@@ -6,8 +6,8 @@
     all       all of them
 
 A cell is one pre-training and one fine-tuning, by the commands a reader would type. What it found is kept as JSON in
-results/<data>/cells, named after all options of those commands and the split: an interrupted sweep goes on, a second call only
-prints. Pre-training is repeated for every seed, the split stays. Each system's learning rate, of the paper's grid, and the scale at
+results/<data>/cells, named after all options of those commands, the split and the features (not after the code: after a change
+of that, name another --results): an interrupted sweep goes on, a second call only prints. Pre-training is repeated for every seed, the split stays. Each system's learning rate, of the paper's grid, and the scale at
 which its tables are handed over, as they are or Xavier's, are chosen on the first seed by the validation Recall@20 after fine-tuning;
 variants of MMCPR keep MMCPR's.
 """
@@ -47,7 +47,8 @@ P_VALUE = "p: paired t-test over the seeds of one split, uncorrected."
 
 # --- Cells ----------------------------------------------------------------------------------------------------------
 
-NOTHING = ("nothing for --method", "--lam 1 trains CIMA alone")  # what the scripts say where the data has nothing for a cell
+# What the scripts say where the data has nothing for a cell, and where the learning rate is too high
+NOTHING, DIVERGED = ("nothing for --method", "--lam 1 trains CIMA alone"), ("not finite",)
 
 
 def options(command):
@@ -60,9 +61,10 @@ def options(command):
 class Cells:
     """Runs cells, `jobs` at a time, and keeps what they found."""
 
-    def __init__(self, source, fingerprint, folder, jobs):
-        """source: the --data flags, the same for every command; fingerprint: of the split; folder: results/<data>."""
-        self.source, self.fingerprint, self.folder, self.jobs = source, fingerprint, folder, jobs
+    def __init__(self, source, encoding, fingerprint, folder, jobs):
+        """source, encoding: the flags that say which data and features, the same for all; fingerprint: of these; folder:
+        results/<data>."""
+        self.source, self.encoding, self.fingerprint, self.folder, self.jobs = source, encoding, fingerprint, folder.resolve(), jobs
         for name in ("cells", "tables"):
             (folder / name).mkdir(parents=True, exist_ok=True)
         self.locks = defaultdict(threading.Lock)
@@ -78,10 +80,10 @@ class Cells:
         if done.returncode:
             raise data.InputError(f"{script} {' '.join(flags)}: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
 
-    def run(self, pretraining, finetuning, seed):
+    def run(self, pretraining, finetuning, seed, forgiven=NOTHING):
         """One cell: (command of mmcpr.py or baselines.py, or None for a random start; flags of finetune.py; seed) -> its JSON.
 
-        None where the data has nothing for it.
+        None where a script fails with one of the messages forgiven.
         """
         path = self.folder / "cells" / f"{self.name(pretraining, ('finetune.py', *finetuning), seed=seed)}.json"
         if path.exists():
@@ -90,30 +92,33 @@ class Cells:
         try:
             if pretraining:
                 init = self.folder / "tables" / f"{self.name(pretraining, seed=seed)}.npz"
-                with self.locks[init]:  # another cell may want the same tables
+                with self.locks[init.name]:  # another cell may want the same tables
                     if not init.exists():
                         part = init.with_suffix(".part.npz")  # an interrupted pre-training writes its best so far
-                        self.command(*pretraining, *self.source, "--seed", str(seed), "--out", str(part))
+                        resume = ("--resume",) if pretraining[0] == "mmcpr.py" else ()
+                        self.command(*pretraining, *self.source, *self.encoding, "--seed", str(seed), "--out", str(part), *resume)
                         os.replace(part, init)
                 meta = data.load_embeddings(init)["meta"]
                 report = meta["report"] | {"method": meta["method"]}
             found = path.with_suffix(".found")
             self.command("finetune.py", "--init", str(init), *(() if pretraining else self.source), *finetuning, "--seeds", str(seed),
-                         "--metrics", str(found))
+                         "--metrics", str(found), "--resume")
             cell = {"pretraining": pretraining, "finetuning": finetuning, "seed": seed, "report": report,
                     "finetune": json.loads(found.read_text()) | {"data": self.folder.name, "init": init if init == "random" else init.name}}
             found.unlink()
         except data.InputError as error:
-            if not any(words in str(error) for words in NOTHING):
+            if not any(words in str(error) for words in forgiven):
                 raise
+            if not any(words in str(error) for words in NOTHING):
+                return None
             cell = None
         data.replace_file(path, lambda file: json.dump(cell, file, indent=1), "w")
         return cell
 
-    def all(self, wanted, what):
+    def all(self, wanted, what, forgiven=NOTHING):
         """The cells of a list of (pretraining, finetuning, seed), in order, with a bar over those that must be run."""
         with ThreadPoolExecutor(self.jobs) as pool:
-            once = {cell: pool.submit(self.run, *cell) for cell in dict.fromkeys(wanted)}
+            once = {cell: pool.submit(self.run, *cell, forgiven) for cell in dict.fromkeys(wanted)}
             futures = list(once.values())
             try:
                 for future in tqdm(as_completed(futures), total=len(futures), desc=what, unit="cell"):
@@ -140,7 +145,8 @@ def choose(cells, systems, args):
     patience = ("--patience", str(args.patience)) if args.patience else ()
     rates = {system: [("--lr", lr, *patience) for lr in args.rates] if system not in ("random", "clip") else [()] for system in systems}
     grid = [(system, rate, scale) for scale in SCALES for system in systems for rate in rates[system] if system != "random" or not scale]
-    found = cells.all([(pretraining(system, *rate), scale, args.seeds[0]) for system, rate, scale in grid], "learning rate and scale")
+    found = cells.all([(pretraining(system, *rate), scale, args.seeds[0]) for system, rate, scale in grid], "learning rate and scale",
+                      (*NOTHING, *DIVERGED))
     value = lambda trial: trial[1]["finetune"]["valid"]["recall@20"] if trial[1] else -1
     chosen = {}
     for (system, *pair), _ in sorted(zip(grid, found), key=value, reverse=True):
@@ -190,7 +196,7 @@ def paper_column(names, values):
 
 
 def rms(cells):
-    """The RMS of the tables a list of cells started from, of the first seed."""
+    """The RMS of the tables as they were handed over, of the first seed."""
     return f"{cells[0]['report']['rms']['all']:.4g}"
 
 
@@ -215,18 +221,26 @@ def table2(cells, args, show):
     systems = {label(name, row): SYSTEMS[name] for name, row in rows.items()}
     rows = {label(name, row): row for name, row in rows.items()}
     again = cells.all([(None, ("--scale", rms(rows["MMCPR"])), seed) for seed in args.seeds], "Random at MMCPR's RMS")
-    rows = {"Random": rows.pop("Random"), "Random at MMCPR's RMS": again, **rows}
-    others = {metric: max((name for name in rows if name != "MMCPR"), key=lambda name: test(rows[name], metric).mean())
+    rows = {"Random": rows.pop("Random"), "Random at the RMS of MMCPR as is": again, **rows}
+    ours = {"MMCPR": rows.pop("MMCPR")}
+    if "R" in ours["MMCPR"][0]["report"]["attention"]["user"]:  # which only GCN-P reads besides
+        rate, start = chosen["mmcpr"]
+        without = pretraining("mmcpr", *rate, "--modalities", "TVG")
+        ours = {"MMCPR without reviews": cells.all([(without, start, seed) for seed in args.seeds], "without reviews"), **ours}
+    others = {metric: max(rows, key=lambda name: test(rows[name], metric).mean())
               for metric in ("recall@20", "ndcg@20")}
+    rows |= ours
+    systems["MMCPR without reviews"] = "mmcpr"
     rate = {name: " ".join(chosen[system][0][1:2]) for name, system in systems.items()}
     start = {name: "Xavier's" if chosen[system][1] or system == "random" else "as is" for name, system in systems.items()}
     has_users = lambda row: row[0]["report"] is not None and "user" in row[0]["report"]["rms"]
     users = {name: "its own" if has_users(row) else "random" for name, row in rows.items()}
     extra = [("users", users), ("lr", rate), ("scale", start), *paper_column(SYSTEMS, PAPER.get(args.label, ()))]
     lines = [*table("Table 2", args, rows, extra), ""]
-    for metric, best in others.items():
-        value, other, random = (test(rows[name], metric) for name in ("MMCPR", best, "Random"))
-        lines.append(f"- MMCPR's {metric}: over Random {gain(value, random)}; over the best other, {best}, {gain(value, other)}")
+    for name in ours:
+        for metric, best in others.items():
+            value, other, random = (test(rows[row], metric) for row in (name, best, "Random"))
+            lines.append(f"- {name}, {metric}: over Random {gain(value, random)}; over the best other, {best}, {gain(value, other)}")
     lines += ["", P_VALUE + " The best other is the best on test. users: where a system brings none, fine-tuning starts them at random."]
     show("table2", lines)
 
@@ -262,7 +276,7 @@ def scale(cells, args, show):
 def plot(path, panels, xlabel=""):
     """One panel per entry {title: {curve: (x, [n_seeds of values] per x)}}: means and standard deviations over seeds.
 
-    Where x are names: bars, or points where several curves share the names.
+    Where x are names: bars, or a point for every seed where several curves share the names.
     """
     import matplotlib
     matplotlib.use("Agg")
@@ -274,10 +288,11 @@ def plot(path, panels, xlabel=""):
             if isinstance(x[0], str) and len(curves) == 1:
                 axis.bar(x, mean, yerr=deviation, capsize=3)
                 axis.set_ylim(0.9 * min(mean))  # as the paper cuts its bars
+            elif isinstance(x[0], str):  # of every seed: they may fall on either side of a mean
+                axis.plot(np.repeat(x, [len(v) for v in values]), np.concatenate(values), "o", label=label, color=f"C{'RTVG'.index(label)}")
             else:
-                style = {"linestyle": "", "color": f"C{'RTVG'.index(label)}"} if isinstance(x[0], str) else {}
                 bars = {"yerr": deviation, "capsize": 3} if any(deviation) else {}
-                axis.errorbar(x, mean, marker="o" if len(x) < 20 else "", label=label, **bars, **style)
+                axis.errorbar(x, mean, marker="o" if len(x) < 20 else "", label=label, **bars)
         axis.set(title=title, xlabel=xlabel)
         axis.grid(alpha=0.3)
         if len(curves) > 1:
@@ -300,7 +315,7 @@ def fig3(cells, args, show):
     column = {subset: "; ".join(f"{side} " + " ".join(f"{m} {np.mean(w):.2f}" for m, w in attention[subset, side].items())
                                 for side in ("user", "item") if attention[subset, side]) for subset in subsets}
     lines = table("Figure 3", args, rows, [("mean attention where present", column)])
-    show("fig3", [*lines, "", "A side that a subset leaves with nothing (users under T, V, TV) has a trained table instead."])
+    show("fig3", [*lines, "", "A side that a subset leaves with nothing (users under T, V, TV; items under R) has a trained table instead."])
     plot(args.folder / "fig3.png", {metric: {"MMCPR": (subsets, [test(rows[s], metric) for s in subsets])} for metric in ("recall@20", "ndcg@20")})
     panels = {}
     for side in ("user", "item"):
@@ -321,7 +336,9 @@ def fig4(cells, args, show):
     flags = lambda form, lam: (*(("--lam", lam) if lam != "0.2" else ()), *(("--cima", form) if form == "bce" and lam != "0" else ()))
     found = cells.all([(command(*flags(*point)), start, seed) for point in points for seed in args.seeds], "figure 4")
     rows = by_row([f"{form}, λ = {lam}" for form, lam in points], found)
-    show("fig4", table("Figure 4", args, rows))
+    column = {name: f"{np.mean([cell['report']['losses']['bce'] / cell['report']['popularity_loss'] for cell in row]):.2f}"
+              for name, row in rows.items() if "λ = 1" not in name}
+    show("fig4", table("Figure 4", args, rows, [("BCE, of that of popularity alone", column)]))
     plot(args.folder / "fig4.png", {metric: {form: ([float(lam) for f, lam in points if f == form and f"{f}, λ = {lam}" in rows],
                                                     [test(rows[f"{f}, λ = {lam}"], metric) for f, lam in points
                                                      if f == form and f"{f}, λ = {lam}" in rows])
@@ -336,23 +353,28 @@ TARGETS = {"table1": table1, "table2": table2, "table3": table3, "fig3": fig3, "
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Make the paper's tables and figures.", formatter_class=data.Help)
     parser.add_argument("target", choices=(*TARGETS, "all"))
-    parser.add_argument("--data", default="demo", help="as in mmcpr.py")
-    parser.add_argument("--data-dir", default="data", help="where data is made, downloaded and cached")
     parser.add_argument("--seeds", type=data.non_negative, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--rates", nargs="+", default=GRID, help="learning rates to choose from; the default is the paper's grid")
     parser.add_argument("--patience", type=data.positive, help="of every pre-training, in epochs; the default is that of the scripts")
     parser.add_argument("--jobs", type=data.positive, default=1, help="cells at a time; they share the cores")
     parser.add_argument("--results", default="results", help="where tables, figures and cells are kept")
+    data.add_data_arguments(parser)
+    data.add_feature_arguments(parser)
     args = parser.parse_args(argv)
     if len(set(args.seeds)) < len(args.seeds):
         raise data.InputError("--seeds names a seed twice")
-    is_folder = args.data not in ("demo", "vg", "tg") and os.path.isdir(args.data)
-    args.label = os.path.basename(os.path.normpath(args.data)) if is_folder else args.data.replace(":", "_")
+    if args.valid == 0:
+        raise data.InputError("--valid 0 leaves nothing to choose learning rate and scale by")
+    args.dataset, parts, options = data.open_data(args)
+    args.label = os.path.basename(options["data"]).replace(":", "_")
     args.folder = Path(args.results) / args.label
     data.check_outputs(args.folder / "table1.md")
-    source = ("--data", os.path.abspath(args.data) if is_folder else args.data, "--data-dir", os.path.abspath(args.data_dir))
-    args.dataset, parts, _ = data.open_data(mmcpr.arguments().parse_args(source), contents=False)
-    cells = Cells(source, parts.fingerprint, args.folder, args.jobs)
+    # Encoded once, before the cells ask for them
+    features = data.features(args.dataset, "TVR", args.encoder, Path(options["data_dir"]), (args.clip_model, args.clip_weights))
+    flags = lambda options: [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+    encoding = flags({name: getattr(args, name) for name in ("encoder", "clip_model", "clip_weights")})
+    source = flags(options | {"amazon_url": args.amazon_url})
+    cells = Cells(source, encoding, mmcpr.digest({}, parts, features.values()), args.folder, args.jobs)
 
     def show(name, lines):
         data.replace_file(args.folder / f"{name}.md", lambda file: file.write("\n".join(lines) + "\n"), "w")
@@ -360,7 +382,8 @@ def main(argv=None):
 
     for name in TARGETS if args.target == "all" else (args.target,):
         TARGETS[name](cells, args, show)
-    print(f"wrote {args.folder}; next: python reproduce.py all --data {args.data}" if args.target != "all" else f"wrote {args.folder}")
+    again = " ".join("all" if word == args.target else word for word in (sys.argv[1:] if argv is None else argv))
+    print(f"wrote {args.folder}" + (f"; next: python reproduce.py {again}" if args.target != "all" else ""))
 
 
 if __name__ == "__main__":

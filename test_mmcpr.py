@@ -832,12 +832,12 @@ def test_pretraining_patience_starts_after_the_plateau(trained, monkeypatch):
 
 
 def test_weight_decay_falls_with_the_number_of_users(trained, monkeypatch):
-    """Adam gets --weight-decay / n_users (40 here)."""
+    """Adam gets --weight-decay / n_users (40 here), times the weight of BCE in the loss: lam weighs CIMA alone."""
     given, Adam = [], torch.optim.Adam
     monkeypatch.setattr(torch.optim, "Adam", lambda *args, **options: given.append(options["weight_decay"]) or Adam(*args, **options))
-    for flags in ((), ("--weight-decay", 2)):
+    for flags in ((), ("--weight-decay", 2), ("--lam", 0), ("--lam", 0.5)):
         assert run(mmcpr.main, "--data", "shop", *QUICK[2:], "--epochs", 1, *flags, "--out", "e.npz") == 0
-    assert given == [0.6 / 40, 2 / 40]
+    assert given == pytest.approx([0.6 / 40, 1.6 / 40, 0.75 / 40, 0.375 / 40])
 
 
 @pytest.mark.parametrize("n_users, batch", [(40, 40), (40, 17)])
@@ -2173,11 +2173,20 @@ def test_all_tables_and_figures(sweep, capsys):
     for name in ("fig3", "fig4", "training", "attention"):
         assert Image.open(folder / f"{name}.png").size[0] > 300
     table2 = (folder / "table2.md").read_text()
-    for name in ("Random", "Random at MMCPR's RMS", "text+image", "MMGCN", "GPT-GNN", "Graph-BERT", "PMGT", "GCN-P", "MMCPR"):
+    for name in ("Random", "Random at the RMS of MMCPR as is", "text+image", "MMGCN", "GPT-GNN", "Graph-BERT", "PMGT", "GCN-P",
+                 "MMCPR without reviews", "MMCPR"):
         assert f"| {name} |" in table2
     cells = [json.loads(path.read_text()) for path in sorted((folder / "cells").glob("*.json"))]
     plain = [c["finetune"]["test"]["recall@20"] for c in cells if c["pretraining"] is None and not c["finetuning"]]
     assert len(plain) == 2 and f"| Random | {np.mean(plain):.4f} ± {np.std(plain, ddof=1):.4f} |" in table2
+    # A row of MMCPR's variants is the mean over the cells that were run with its flags
+    start = next(tuple(c["finetuning"]) for c in cells if c["pretraining"] and "--lam" in c["pretraining"] and "0.4" in c["pretraining"])
+    for name, row, flags in (("table3", "w/o BCE (λ = 1)", {"--lam", "1"}), ("fig3", "VG", {"--modalities", "VG"}),
+                             ("fig4", "softmax, λ = 0.4", {"--lam", "0.4"}), ("fig4", "bce, λ = 0.6", {"--lam", "0.6", "--cima", "bce"})):
+        values = [c["finetune"]["test"]["ndcg@40"] for c in cells if c["pretraining"] and c["pretraining"][0] == "mmcpr.py" and
+                  set(c["pretraining"][3:]) == flags and tuple(c["finetuning"]) == start]
+        line = next(line for line in (folder / f"{name}.md").read_text().splitlines() if line.startswith(f"| {row} |"))
+        assert len(values) == 2 and line.split(" | ")[5] == f"{np.mean(values):.4f} ± {np.std(values, ddof=1):.4f}"
     before = {path.name: path.read_bytes() for path in folder.glob("*.md")}
     assert target("all", "--seeds", 0, 1) == 0
     assert len(ran) == count and before == {path.name: path.read_bytes() for path in folder.glob("*.md")}
@@ -2210,7 +2219,7 @@ def test_patience_of_a_sweep_is_that_of_every_pretraining(sweep):
     target, ran = sweep
     assert target("table2", "--seeds", 0, "--rates", "1e-2", "--patience", 7) == 0
     trained = [c for c in ran if c[0] == "mmcpr.py" or c[0] == "baselines.py" and "clip" not in c]
-    assert len(trained) == 6 and all(c[c.index("--patience") + 1] == "7" for c in trained)
+    assert len(trained) == 7 and all(c[c.index("--patience") + 1] == "7" for c in trained)
     assert "| 1e-2 |" in Path("results/shop/table2.md").read_text()
 
 
@@ -2224,6 +2233,45 @@ def test_interrupted_sweep_goes_on_and_a_failing_cell_is_named(sweep, capsys, mo
     done, ran[:] = [c for c in ran if c[0] == "mmcpr.py"][:2], []
     assert target("scale", "--seeds", 0) == 0
     assert not {c[:5] for c in ran} & {c[:5] for c in done}
+
+
+def test_rate_at_which_training_diverges_is_not_chosen(sweep, capsys, monkeypatch):
+    """It loses the choice; where a cell of a table diverges, the sweep stops and says so."""
+    target, ran = sweep
+    command = reproduce.Cells.command
+
+    def diverging(rate):
+        def run(self, *c):
+            if rate in c:
+                raise data.InputError(f"the loss is not finite at epoch 3; lower --lr (now {rate})")
+            command(self, *c)
+        return run
+    monkeypatch.setattr(reproduce.Cells, "command", diverging("1e-2"))
+    assert target("table3", "--seeds", 0, "--rates", "1e-2", "1e-3") == 0
+    assert all("1e-3" in c for c in ran if c[0] == "mmcpr.py")
+    monkeypatch.setattr(reproduce.Cells, "command", diverging("1"))  # of --lam
+    assert target("table3", "--seeds", 1, "--rates", "1e-3") == 2 and "not finite" in capsys.readouterr().err
+
+
+def test_gain_is_relative_and_paired():
+    ours, other = np.array([0.12, 0.22, 0.33]), np.array([0.1, 0.2, 0.3])
+    assert reproduce.gain(ours, other) == "+11.7% (p = 0.020)"  # t = (.07 / 3) / (.00577 / sqrt 3) = 7, two degrees of freedom
+    assert reproduce.gain(other, ours).startswith("-10.4%")
+
+
+def test_cells_side_by_side_through_the_command_line(tmp_path):
+    """Nothing replaced: two jobs, real processes; cells that share tables pre-train them once; what the data lacks is left out."""
+    write_shop(tmp_path / "shop")
+    for file in ("item_text.npy", "item_image.npy", "review.npy", "items.csv"):
+        (tmp_path / "shop" / file).unlink()
+    command = [sys.executable, str(Path(reproduce.__file__)), "table3", "--data", "shop", "--seeds", "0", "--rates", "1e-2",
+               "--patience", "1", "--jobs", "2"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    table3 = (tmp_path / "results/shop/table3.md").read_text()
+    assert table3.strip() in done.stdout and "| w/o CIMA (λ = 0) |" in table3 and "λ = 1" not in table3
+    assert len(list((tmp_path / "results/shop/tables").glob("*"))) == 2  # MMCPR and without CIMA; no checkpoint, no part
+    assert not list(tmp_path.glob("*.ckpt"))
 
 
 def test_what_an_interrupted_pretraining_left_is_not_used(sweep, capsys, monkeypatch):
@@ -2256,9 +2304,24 @@ def test_tables_of_interactions_alone(sweep, tmp_path):
 
 
 def test_changed_defaults_and_data_are_other_cells(tmp_path, monkeypatch):
-    cells = reproduce.Cells(("--data", "demo"), "abc", tmp_path, 1)
+    cells = reproduce.Cells((), (), "abc", tmp_path, 1)
     name = cells.name(("mmcpr.py", "--lam", "0"), ("finetune.py",), seed=0)
     assert name == cells.name(("mmcpr.py", "--lam", "0.0"), ("finetune.py", "--scale", "asis"), seed=0)
     others = {cells.name(("mmcpr.py", "--lam", "0"), ("finetune.py",), seed=1), cells.name(None, ("finetune.py",), seed=0),
-              reproduce.Cells((), "abd", tmp_path, 1).name(("mmcpr.py", "--lam", "0"), ("finetune.py",), seed=0)}
+              reproduce.Cells((), (), "abd", tmp_path, 1).name(("mmcpr.py", "--lam", "0"), ("finetune.py",), seed=0)}
     assert name not in others and len(others) == 3
+    arguments = mmcpr.arguments
+    monkeypatch.setattr(mmcpr, "arguments", lambda: (parser := arguments()).set_defaults(tau=0.2) or parser)
+    assert name != cells.name(("mmcpr.py", "--lam", "0"), ("finetune.py",), seed=0)
+
+
+def test_changed_features_and_held_out_parts_are_other_cells(sweep, tmp_path):
+    target, ran = sweep
+    assert target("fig4", "--seeds", 0, "--rates", "1e-2") == 0
+    count = len(list(Path("results/shop/cells").glob("*.json")))
+    text = np.load(tmp_path / "shop" / "item_text.npy")
+    np.save(tmp_path / "shop" / "item_text.npy", 2 * text)
+    assert target("fig4", "--seeds", 0, "--rates", "1e-2") == 0
+    assert len(list(Path("results/shop/cells").glob("*.json"))) == 2 * count
+    assert target("fig4", "--seeds", 0, "--rates", "1e-2", "--valid", 0.2) == 0
+    assert len(list(Path("results/shop/cells").glob("*.json"))) == 3 * count
