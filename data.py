@@ -1127,7 +1127,7 @@ def cli(main, argv=None):
     except InputError as error:
         message = str(error)
     except KeyboardInterrupt:
-        message = "interrupted; what was cached or written stays, the same command goes on from there"
+        message = "interrupted; what was cached or written stays; run the same command again"
     except OSError as error:
         if disk_full(error):
             message = f"the disk is full ({error.filename or 'while writing'}); free some space and run the same command again"

@@ -412,6 +412,10 @@ def main(argv=None):
     args = arguments().parse_args(argv)
     if not (0 < args.lr < np.inf and 0 <= args.l2 < np.inf):
         raise data.InputError("--lr must be above 0, --l2 at least 0, both finite")
+    if len(set(args.seeds)) < len(args.seeds):
+        raise data.InputError("--seeds names a seed twice")
+    if args.out and os.path.abspath(args.out) == os.path.abspath(args.init):
+        raise data.InputError(f"{args.out}: --out would overwrite the tables it starts from; choose another path")
     data.check_outputs(args.metrics, args.out, args.recommend)
     with processes(args.device):
         work(args)

@@ -15,6 +15,7 @@ import argparse
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -67,8 +68,8 @@ class Cells:
         self.source, self.encoding, self.fingerprint, self.folder, self.jobs = source, encoding, fingerprint, folder.resolve(), jobs
         for name in ("cells", "tables"):
             (folder / name).mkdir(parents=True, exist_ok=True)
-        self.locks = defaultdict(threading.Lock)
-        self.environment = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
+        self.locks, self.running = defaultdict(threading.Lock), set()
+        self.environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))} | os.environ
 
     def name(self, *commands, seed):
         known = [self.fingerprint, seed, *(command and options(command) for command in commands)]
@@ -76,9 +77,13 @@ class Cells:
 
     def command(self, script, *flags):
         """Runs one of the project's scripts; InputError with its own last line where it fails."""
-        done = subprocess.run([sys.executable, str(HERE / script), *flags], env=self.environment, capture_output=True, text=True)
-        if done.returncode:
-            raise data.InputError(f"{script} {' '.join(flags)}: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
+        process = subprocess.Popen([sys.executable, str(HERE / script), *flags], env=self.environment, stdout=subprocess.DEVNULL,
+                                   stderr=subprocess.PIPE, text=True)
+        self.running.add(process)
+        message = process.communicate()[1].strip().splitlines()
+        self.running.discard(process)
+        if process.returncode:
+            raise data.InputError(f"{script} {' '.join(flags)}: {(message or ['no message'])[-1]}")
 
     def run(self, pretraining, finetuning, seed, forgiven=NOTHING):
         """One cell: (command of mmcpr.py or baselines.py, or None for a random start; flags of finetune.py; seed) -> its JSON.
@@ -87,7 +92,13 @@ class Cells:
         """
         path = self.folder / "cells" / f"{self.name(pretraining, ('finetune.py', *finetuning), seed=seed)}.json"
         if path.exists():
-            return json.loads(path.read_text())
+            try:
+                cell = json.loads(path.read_text())
+                if cell is None or "report" in cell and cell["finetune"]["test"]:
+                    return cell
+            except (ValueError, KeyError, TypeError):
+                pass
+            raise data.InputError(f"{path}: damaged; delete it and run the same command again")
         init, report = "random", None
         try:
             if pretraining:
@@ -98,7 +109,10 @@ class Cells:
                         resume = ("--resume",) if pretraining[0] == "mmcpr.py" else ()
                         self.command(*pretraining, *self.source, *self.encoding, "--seed", str(seed), "--out", str(part), *resume)
                         os.replace(part, init)
-                meta = data.load_embeddings(init)["meta"]
+                try:
+                    meta = data.load_embeddings(init)["meta"]
+                except data.InputError:
+                    raise data.InputError(f"{init}: damaged; delete it and run the same command again") from None
                 report = meta["report"] | {"method": meta["method"]}
             found = path.with_suffix(".found")
             self.command("finetune.py", "--init", str(init), *(() if pretraining else self.source), *finetuning, "--seeds", str(seed),
@@ -126,6 +140,8 @@ class Cells:
             except BaseException:
                 for future in futures:
                     future.cancel()
+                for process in list(self.running):  # mmcpr.py and finetune.py save a checkpoint
+                    process.terminate()
                 raise
             return [once[cell].result() for cell in wanted]
 
@@ -174,15 +190,17 @@ def spread(values):
 def gain(ours, other):
     """The relative gain with its paired t-test over seeds."""
     text = f"{ours.mean() / other.mean() - 1:+.1%}"
-    if len(ours) < 2 or np.all(ours == other):
+    if len(ours) < 2 or np.ptp(ours - other) < 1e-9:
         return text
     p = stats.ttest_rel(ours, other).pvalue
     return f"{text} (p < 0.001)" if p < 0.001 else f"{text} (p = {p:.3f})"
 
 
 def table(title, args, rows, extra=()):
-    """Markdown of rows {name: cells}; extra: [(name of a last column, {row: text})]."""
-    lines = [f"# {title}, {args.label}, seeds {' '.join(map(str, args.seeds))}", "",
+    """Markdown of rows {name: cells}; extra: [(name of a last column, {row: text})]. The title names a budget of its own."""
+    budget = "" if tuple(args.rates) == GRID else f", rates {' '.join(args.rates)}"
+    budget += f", patience {args.patience}" if args.patience else ""
+    lines = [f"# {title}, {args.label}, seeds {' '.join(map(str, args.seeds))}{budget}", "",
              "| | " + " | ".join([*METRICS, *(name for name, _ in extra)]) + " |", "|---" * (1 + len(METRICS) + len(extra)) + "|"]
     for name, cells in rows.items():
         lines.append(f"| {name} | " + " | ".join([*(spread(test(cells, metric)) for metric in METRICS),
@@ -221,7 +239,7 @@ def table2(cells, args, show):
     systems = {label(name, row): SYSTEMS[name] for name, row in rows.items()}
     rows = {label(name, row): row for name, row in rows.items()}
     again = cells.all([(None, ("--scale", rms(rows["MMCPR"])), seed) for seed in args.seeds], "Random at MMCPR's RMS")
-    rows = {"Random": rows.pop("Random"), "Random at the RMS of MMCPR as is": again, **rows}
+    rows = {"Random": rows.pop("Random"), **rows}
     ours = {"MMCPR": rows.pop("MMCPR")}
     if "R" in ours["MMCPR"][0]["report"]["attention"]["user"]:  # which only GCN-P reads besides
         rate, start = chosen["mmcpr"]
@@ -229,7 +247,7 @@ def table2(cells, args, show):
         ours = {"MMCPR without reviews": cells.all([(without, start, seed) for seed in args.seeds], "without reviews"), **ours}
     others = {metric: max(rows, key=lambda name: test(rows[name], metric).mean())
               for metric in ("recall@20", "ndcg@20")}
-    rows |= ours
+    rows = {"Random": rows.pop("Random"), "Random at the RMS of MMCPR as is": again, **rows, **ours}
     systems["MMCPR without reviews"] = "mmcpr"
     rate = {name: " ".join(chosen[system][0][1:2]) for name, system in systems.items()}
     start = {name: "Xavier's" if chosen[system][1] or system == "random" else "as is" for name, system in systems.items()}
@@ -247,7 +265,8 @@ def table2(cells, args, show):
 
 def table3(cells, args, show):
     command, start = mmcpr_as_chosen(cells, args)
-    variants = {"w/o CIMA (λ = 0)": ("--lam", "0"), "w/o BCE (λ = 1)": ("--lam", "1"), "MMCPR": ()}
+    variants = {"w/o CIMA (λ = 0)": ("--lam", "0"), "w/o BCE (λ = 1)": ("--lam", "1")} if args.pairs else {}
+    variants["MMCPR"] = ()
     found = cells.all([(command(*flags), start, seed) for flags in variants.values() for seed in args.seeds], "table 3")
     rows = by_row(variants, found)
     against = [(f"{metric} against MMCPR", {name: gain(test(row, metric), test(rows["MMCPR"], metric)) for name, row in rows.items()
@@ -264,7 +283,7 @@ def scale(cells, args, show):
     command, _ = mmcpr_as_chosen(cells, args)
     run = lambda command, *flags: cells.all([(command, flags, seed) for seed in args.seeds], "scale")
     rows = {}
-    for name, ours in (("MMCPR", command()), ("w/o CIMA", command("--lam", "0"))):
+    for name, ours in (("MMCPR", command()), ("w/o CIMA", command("--lam", "0")))[:2 if args.pairs else 1]:
         rows |= {f"{name}, as is": run(ours), f"{name}, to Xavier's RMS": run(ours, "--scale", "xavier")}
     rows["MMCPR not trained, to Xavier's RMS"] = run(pretraining("mmcpr", *UNTRAINED), "--scale", "xavier")
     rows |= {"Random, Xavier": run(None), "Random, at the RMS of MMCPR as is": run(None, "--scale", rms(rows["MMCPR, as is"]))}
@@ -330,6 +349,9 @@ def fig3(cells, args, show):
 
 
 def fig4(cells, args, show):
+    if not args.pairs:
+        print("figure 4: no items with both text and image, so CIMA and its weight do nothing")
+        return
     command, start = mmcpr_as_chosen(cells, args)
     weights = ("0", "0.2", "0.4", "0.6", "0.8", "1")
     points = [(form, lam) for form in ("softmax", "bce") for lam in weights]
@@ -347,6 +369,17 @@ def fig4(cells, args, show):
 
 # --- The command line -----------------------------------------------------------------------------------------------
 
+def rate(text):
+    """argparse type: a learning rate, as it was written."""
+    if not 0 < float(text) < np.inf:
+        raise argparse.ArgumentTypeError("must be above 0")
+    return text
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
 TARGETS = {"table1": table1, "table2": table2, "table3": table3, "fig3": fig3, "fig4": fig4, "scale": scale}
 
 
@@ -354,15 +387,16 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description="Make the paper's tables and figures.", formatter_class=data.Help)
     parser.add_argument("target", choices=(*TARGETS, "all"))
     parser.add_argument("--seeds", type=data.non_negative, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--rates", nargs="+", default=GRID, help="learning rates to choose from; the default is the paper's grid")
+    parser.add_argument("--rates", type=rate, nargs="+", default=GRID, help="learning rates to choose from; the default is the paper's grid")
     parser.add_argument("--patience", type=data.positive, help="of every pre-training, in epochs; the default is that of the scripts")
     parser.add_argument("--jobs", type=data.positive, default=1, help="cells at a time; they share the cores")
     parser.add_argument("--results", default="results", help="where tables, figures and cells are kept")
     data.add_data_arguments(parser)
     data.add_feature_arguments(parser)
     args = parser.parse_args(argv)
-    if len(set(args.seeds)) < len(args.seeds):
-        raise data.InputError("--seeds names a seed twice")
+    for name, values in (("--seeds", args.seeds), ("--rates", list(map(float, args.rates)))):
+        if len(set(values)) < len(values):
+            raise data.InputError(f"{name} names one twice")
     if args.valid == 0:
         raise data.InputError("--valid 0 leaves nothing to choose learning rate and scale by")
     args.dataset, parts, options = data.open_data(args)
@@ -371,6 +405,7 @@ def main(argv=None):
     data.check_outputs(args.folder / "table1.md")
     # Encoded once, before the cells ask for them
     features = data.features(args.dataset, "TVR", args.encoder, Path(options["data_dir"]), (args.clip_model, args.clip_weights))
+    args.pairs = {"T", "V"} <= features.keys()
     flags = lambda options: [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
     encoding = flags({name: getattr(args, name) for name in ("encoder", "clip_model", "clip_weights")})
     source = flags(options | {"amazon_url": args.amazon_url})
@@ -380,6 +415,7 @@ def main(argv=None):
         data.replace_file(args.folder / f"{name}.md", lambda file: file.write("\n".join(lines) + "\n"), "w")
         print("\n".join(["", *lines, ""]), flush=True)
 
+    signal.signal(signal.SIGTERM, interrupt)
     for name in TARGETS if args.target == "all" else (args.target,):
         TARGETS[name](cells, args, show)
     again = " ".join("all" if word == args.target else word for word in (sys.argv[1:] if argv is None else argv))

@@ -868,7 +868,8 @@ def test_alignment_of_collapsed_towers_is_no_success(trained):
     (mmcpr.main, ("--lr", "nan"), "--lr"), (mmcpr.main, ("--batch", 1), "--batch"), (mmcpr.main, ("--out", ""), "output path"),
     (mmcpr.main, ("--epochs", 1, "--lr", 1e30), "lower --lr"), (finetune.main, ("--l2", "nan"), "--l2"),
     (finetune.main, ("--epochs", 1, "--valid", 0, "--lr", 1e30), "lower --lr"),
-    (finetune.main, ("--out", "x", "--metrics", "./x"), "given twice")])
+    (finetune.main, ("--out", "x", "--metrics", "./x"), "given twice"), (finetune.main, ("--seeds", 2, 2), "names a seed twice"),
+    (finetune.main, ("--init", "emb.npz", "--out", "./emb.npz"), "would overwrite the tables it starts from")])
 def test_more_flags_that_cannot_work(trained, capsys, main, argv, words):
     assert run(main, "--data", "shop", *argv) == 2
     assert words in capsys.readouterr().err.splitlines()[-1]
@@ -2253,6 +2254,59 @@ def test_rate_at_which_training_diverges_is_not_chosen(sweep, capsys, monkeypatc
     assert target("table3", "--seeds", 1, "--rates", "1e-3") == 2 and "not finite" in capsys.readouterr().err
 
 
+def test_sweep_that_is_killed_takes_its_runs_along(tmp_path, monkeypatch):
+    """SIGTERM is passed on to the script that is running, which saves a checkpoint, and waits for it."""
+    monkeypatch.chdir(tmp_path)
+    Path("mmcpr.py").write_text("import pathlib, signal, sys, time\n"
+                                "def stop(*_):\n    time.sleep(0.2)\n    pathlib.Path('saved').touch()\n    sys.exit(2)\n"
+                                "signal.signal(signal.SIGTERM, stop)\npathlib.Path('started').touch()\ntime.sleep(60)\n")
+    monkeypatch.setattr(reproduce, "HERE", tmp_path)
+
+    def kill():
+        while not Path("started").exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+    before = signal.signal(signal.SIGTERM, reproduce.interrupt)
+    try:
+        threading.Thread(target=kill).start()
+        with pytest.raises(KeyboardInterrupt):
+            reproduce.Cells((), (), "abc", tmp_path, 1).all([(("mmcpr.py",), (), 0)], "cells")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert Path("saved").exists()
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"seed": 0}'])
+def test_damaged_cell_is_named(sweep, capsys, content):
+    target, ran = sweep
+    assert target("table3", "--seeds", 0, "--rates", "1e-2") == 0
+    cell = sorted(Path("results/shop/cells").glob("*.json"))[0]
+    cell.write_text(content)
+    assert target("table3", "--seeds", 0, "--rates", "1e-2") == 2
+    assert f"{cell.name}: damaged; delete it and run the same command again" in capsys.readouterr().err
+    cell.unlink()
+    assert target("table3", "--seeds", 0, "--rates", "1e-2") == 0
+
+
+def test_damaged_tables_are_named(sweep, capsys):
+    target, ran = sweep
+    assert target("table3", "--seeds", 0, "--rates", "1e-2") == 0
+    for path in (*Path("results/shop/cells").glob("*.json"), *Path("results/shop/tables").glob("*.npz")):
+        path.unlink() if path.suffix == ".json" else path.write_bytes(b"PK")
+    assert target("table3", "--seeds", 0, "--rates", "1e-2") == 2
+    assert "npz: damaged; delete it and run the same command again" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags, words", [(("--seeds", 0, 0), "--seeds names one twice"), (("--rates", "1e-2", "0.01"), "--rates names one twice"),
+                                          (("--valid", 0), "--valid 0 leaves nothing to choose")])
+def test_flags_of_a_sweep(sweep, capsys, flags, words):
+    assert sweep[0]("table3", *flags) == 2 and words in capsys.readouterr().err
+    for bad in ("abc", "-1", "nan"):
+        with pytest.raises(SystemExit):
+            sweep[0]("table3", f"--rates={bad}")
+    assert not sweep[1]
+
+
 def test_gain_is_relative_and_paired():
     ours, other = np.array([0.12, 0.22, 0.33]), np.array([0.1, 0.2, 0.3])
     assert reproduce.gain(ours, other) == "+11.7% (p = 0.020)"  # t = (.07 / 3) / (.00577 / sqrt 3) = 7, two degrees of freedom
@@ -2269,8 +2323,8 @@ def test_cells_side_by_side_through_the_command_line(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     table3 = (tmp_path / "results/shop/table3.md").read_text()
-    assert table3.strip() in done.stdout and "| w/o CIMA (λ = 0) |" in table3 and "λ = 1" not in table3
-    assert len(list((tmp_path / "results/shop/tables").glob("*"))) == 2  # MMCPR and without CIMA; no checkpoint, no part
+    assert table3.strip() in done.stdout and "seeds 0, rates 1e-2, patience 1\n" in table3 and "| MMCPR |" in table3
+    assert len(list((tmp_path / "results/shop/tables").glob("*"))) == 1  # both scales' tables; no checkpoint, no part
     assert not list(tmp_path.glob("*.ckpt"))
 
 
@@ -2296,11 +2350,12 @@ def test_tables_of_interactions_alone(sweep, tmp_path):
     target, ran = sweep
     for file in ("item_text.npy", "item_image.npy", "review.npy", "items.csv"):
         (tmp_path / "shop" / file).unlink()
-    for name in ("table2", "table3", "fig4"):
+    for name in ("table2", "table3", "fig4", "scale"):
         assert target(name, "--seeds", 0) == 0
     table2 = Path("results/shop/table2.md").read_text()
     assert all(f"| {name} |" in table2 for name in ("Random", "GCN-P", "MMCPR")) and "PMGT" not in table2
-    assert "λ = 1" not in Path("results/shop/table3.md").read_text()
+    assert "λ" not in Path("results/shop/table3.md").read_text() and "CIMA" not in Path("results/shop/scale.md").read_text()
+    assert not Path("results/shop/fig4.md").exists()  # CIMA has nothing to align
 
 
 def test_changed_defaults_and_data_are_other_cells(tmp_path, monkeypatch):
