@@ -414,8 +414,9 @@ def main(argv=None):
         raise data.InputError("--lr must be above 0, --l2 at least 0, both finite")
     if len(set(args.seeds)) < len(args.seeds):
         raise data.InputError("--seeds names a seed twice")
-    if args.out and os.path.abspath(args.out) == os.path.abspath(args.init):
-        raise data.InputError(f"{args.out}: --out would overwrite the tables it starts from; choose another path")
+    for path in filter(None, (args.metrics, args.out, args.recommend)):
+        if os.path.abspath(path) == os.path.abspath(args.init):
+            raise data.InputError(f"{path}: would overwrite the tables it starts from; choose another output path")
     data.check_outputs(args.metrics, args.out, args.recommend)
     with processes(args.device):
         work(args)

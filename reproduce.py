@@ -7,9 +7,9 @@
 
 A cell is one pre-training and one fine-tuning, by the commands a reader would type. What it found is kept as JSON in
 results/<data>/cells, named after all options of those commands, the split and the features (not after the code: after a change
-of that, name another --results): an interrupted sweep goes on, a second call only prints. Pre-training is repeated for every seed, the split stays. Each system's learning rate, of the paper's grid, and the scale at
-which its tables are handed over, as they are or Xavier's, are chosen on the first seed by the validation Recall@20 after fine-tuning;
-variants of MMCPR keep MMCPR's.
+of that, name another --results): an interrupted sweep goes on, a second call only prints. Pre-training is repeated for every seed,
+the split stays. Each system's learning rate, of the paper's grid, and the scale at which its tables are handed over, as they are or
+Xavier's, are chosen on the first seed by the validation Recall@20 after fine-tuning; variants of MMCPR keep MMCPR's.
 """
 import argparse
 import hashlib
@@ -85,10 +85,10 @@ class Cells:
         if process.returncode:
             raise data.InputError(f"{script} {' '.join(flags)}: {(message or ['no message'])[-1]}")
 
-    def run(self, pretraining, finetuning, seed, forgiven=NOTHING):
+    def run(self, pretraining, finetuning, seed, forgiven=()):
         """One cell: (command of mmcpr.py or baselines.py, or None for a random start; flags of finetune.py; seed) -> its JSON.
 
-        None where a script fails with one of the messages forgiven.
+        None where the data has nothing for it, and where a script fails with one of the messages forgiven.
         """
         path = self.folder / "cells" / f"{self.name(pretraining, ('finetune.py', *finetuning), seed=seed)}.json"
         if path.exists():
@@ -121,15 +121,15 @@ class Cells:
                     "finetune": json.loads(found.read_text()) | {"data": self.folder.name, "init": init if init == "random" else init.name}}
             found.unlink()
         except data.InputError as error:
-            if not any(words in str(error) for words in forgiven):
-                raise
-            if not any(words in str(error) for words in NOTHING):
+            if any(words in str(error) for words in forgiven):
                 return None
+            if not any(words in str(error) for words in NOTHING):
+                raise
             cell = None
         data.replace_file(path, lambda file: json.dump(cell, file, indent=1), "w")
         return cell
 
-    def all(self, wanted, what, forgiven=NOTHING):
+    def all(self, wanted, what, forgiven=()):
         """The cells of a list of (pretraining, finetuning, seed), in order, with a bar over those that must be run."""
         with ThreadPoolExecutor(self.jobs) as pool:
             once = {cell: pool.submit(self.run, *cell, forgiven) for cell in dict.fromkeys(wanted)}
@@ -137,11 +137,12 @@ class Cells:
             try:
                 for future in tqdm(as_completed(futures), total=len(futures), desc=what, unit="cell"):
                     future.result()
-            except BaseException:
+            except BaseException as error:
                 for future in futures:
                     future.cancel()
-                for process in list(self.running):  # mmcpr.py and finetune.py save a checkpoint
-                    process.terminate()
+                if isinstance(error, KeyboardInterrupt):  # where a cell failed, the others that are running finish
+                    for process in list(self.running):  # mmcpr.py and finetune.py save a checkpoint
+                        process.terminate()
                 raise
             return [once[cell].result() for cell in wanted]
 
@@ -162,7 +163,7 @@ def choose(cells, systems, args):
     rates = {system: [("--lr", lr, *patience) for lr in args.rates] if system not in ("random", "clip") else [()] for system in systems}
     grid = [(system, rate, scale) for scale in SCALES for system in systems for rate in rates[system] if system != "random" or not scale]
     found = cells.all([(pretraining(system, *rate), scale, args.seeds[0]) for system, rate, scale in grid], "learning rate and scale",
-                      (*NOTHING, *DIVERGED))
+                      DIVERGED)
     value = lambda trial: trial[1]["finetune"]["valid"]["recall@20"] if trial[1] else -1
     chosen = {}
     for (system, *pair), _ in sorted(zip(grid, found), key=value, reverse=True):
@@ -239,16 +240,14 @@ def table2(cells, args, show):
     systems = {label(name, row): SYSTEMS[name] for name, row in rows.items()}
     rows = {label(name, row): row for name, row in rows.items()}
     again = cells.all([(None, ("--scale", rms(rows["MMCPR"])), seed) for seed in args.seeds], "Random at MMCPR's RMS")
-    rows = {"Random": rows.pop("Random"), **rows}
     ours = {"MMCPR": rows.pop("MMCPR")}
     if "R" in ours["MMCPR"][0]["report"]["attention"]["user"]:  # which only GCN-P reads besides
-        rate, start = chosen["mmcpr"]
-        without = pretraining("mmcpr", *rate, "--modalities", "TVG")
-        ours = {"MMCPR without reviews": cells.all([(without, start, seed) for seed in args.seeds], "without reviews"), **ours}
-    others = {metric: max(rows, key=lambda name: test(rows[name], metric).mean())
-              for metric in ("recall@20", "ndcg@20")}
-    rows = {"Random": rows.pop("Random"), "Random at the RMS of MMCPR as is": again, **rows, **ours}
-    systems["MMCPR without reviews"] = "mmcpr"
+        without = pretraining("mmcpr", *chosen["mmcpr"][0], "--modalities", "TVG")
+        found = cells.all([(without, chosen["mmcpr"][1], seed) for seed in args.seeds], "without reviews")
+        ours = {"MMCPR without reviews": found, **ours}
+        systems["MMCPR without reviews"] = "mmcpr"
+    others = {metric: max(rows, key=lambda name: test(rows[name], metric).mean()) for metric in ("recall@20", "ndcg@20")}
+    rows = {"Random": rows["Random"], "Random at the RMS of MMCPR as is": again} | rows | ours
     rate = {name: " ".join(chosen[system][0][1:2]) for name, system in systems.items()}
     start = {name: "Xavier's" if chosen[system][1] or system == "random" else "as is" for name, system in systems.items()}
     has_users = lambda row: row[0]["report"] is not None and "user" in row[0]["report"]["rms"]
@@ -265,13 +264,13 @@ def table2(cells, args, show):
 
 def table3(cells, args, show):
     command, start = mmcpr_as_chosen(cells, args)
-    variants = {"w/o CIMA (λ = 0)": ("--lam", "0"), "w/o BCE (λ = 1)": ("--lam", "1")} if args.pairs else {}
-    variants["MMCPR"] = ()
+    names = ("w/o CIMA (λ = 0)", "w/o BCE (λ = 1)", "MMCPR")
+    variants = dict(zip(names, (("--lam", "0"), ("--lam", "1"), ()))) if args.pairs else {"MMCPR": ()}
     found = cells.all([(command(*flags), start, seed) for flags in variants.values() for seed in args.seeds], "table 3")
     rows = by_row(variants, found)
     against = [(f"{metric} against MMCPR", {name: gain(test(row, metric), test(rows["MMCPR"], metric)) for name, row in rows.items()
                                             if name != "MMCPR"}) for metric in ("recall@20", "ndcg@20")]
-    extra = [*against, *paper_column(variants, PAPER_ABLATION.get(args.label, ()))]
+    extra = [*against, *paper_column(names, PAPER_ABLATION.get(args.label, ()))]
     show("table3", [*table("Table 3", args, rows, extra), "", P_VALUE])
 
 
@@ -282,8 +281,8 @@ def scale(cells, args, show):
     """
     command, _ = mmcpr_as_chosen(cells, args)
     run = lambda command, *flags: cells.all([(command, flags, seed) for seed in args.seeds], "scale")
-    rows = {}
-    for name, ours in (("MMCPR", command()), ("w/o CIMA", command("--lam", "0")))[:2 if args.pairs else 1]:
+    rows, towers = {}, {"MMCPR": command()} | ({"w/o CIMA": command("--lam", "0")} if args.pairs else {})
+    for name, ours in towers.items():
         rows |= {f"{name}, as is": run(ours), f"{name}, to Xavier's RMS": run(ours, "--scale", "xavier")}
     rows["MMCPR not trained, to Xavier's RMS"] = run(pretraining("mmcpr", *UNTRAINED), "--scale", "xavier")
     rows |= {"Random, Xavier": run(None), "Random, at the RMS of MMCPR as is": run(None, "--scale", rms(rows["MMCPR, as is"]))}
@@ -376,10 +375,6 @@ def rate(text):
     return text
 
 
-def interrupt(*_):
-    raise KeyboardInterrupt
-
-
 TARGETS = {"table1": table1, "table2": table2, "table3": table3, "fig3": fig3, "fig4": fig4, "scale": scale}
 
 
@@ -415,7 +410,6 @@ def main(argv=None):
         data.replace_file(args.folder / f"{name}.md", lambda file: file.write("\n".join(lines) + "\n"), "w")
         print("\n".join(["", *lines, ""]), flush=True)
 
-    signal.signal(signal.SIGTERM, interrupt)
     for name in TARGETS if args.target == "all" else (args.target,):
         TARGETS[name](cells, args, show)
     again = " ".join("all" if word == args.target else word for word in (sys.argv[1:] if argv is None else argv))
@@ -423,4 +417,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(data.cli(main))

@@ -869,7 +869,8 @@ def test_alignment_of_collapsed_towers_is_no_success(trained):
     (mmcpr.main, ("--epochs", 1, "--lr", 1e30), "lower --lr"), (finetune.main, ("--l2", "nan"), "--l2"),
     (finetune.main, ("--epochs", 1, "--valid", 0, "--lr", 1e30), "lower --lr"),
     (finetune.main, ("--out", "x", "--metrics", "./x"), "given twice"), (finetune.main, ("--seeds", 2, 2), "names a seed twice"),
-    (finetune.main, ("--init", "emb.npz", "--out", "./emb.npz"), "would overwrite the tables it starts from")])
+    (finetune.main, ("--init", "emb.npz", "--out", "./emb.npz"), "would overwrite the tables it starts from"),
+    (finetune.main, ("--init", "emb.npz", "--metrics", "emb.npz"), "would overwrite the tables it starts from")])
 def test_more_flags_that_cannot_work(trained, capsys, main, argv, words):
     assert run(main, "--data", "shop", *argv) == 2
     assert words in capsys.readouterr().err.splitlines()[-1]
@@ -2266,7 +2267,7 @@ def test_sweep_that_is_killed_takes_its_runs_along(tmp_path, monkeypatch):
         while not Path("started").exists():
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGTERM)
-    before = signal.signal(signal.SIGTERM, reproduce.interrupt)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         threading.Thread(target=kill).start()
         with pytest.raises(KeyboardInterrupt):
@@ -2274,6 +2275,19 @@ def test_sweep_that_is_killed_takes_its_runs_along(tmp_path, monkeypatch):
     finally:
         signal.signal(signal.SIGTERM, before)
     assert Path("saved").exists()
+
+
+def test_cells_that_run_beside_a_failing_one_finish(tmp_path, monkeypatch):
+    """baselines.py keeps no checkpoint: what it has computed would be lost."""
+    monkeypatch.chdir(tmp_path)
+    Path("mmcpr.py").write_text("import pathlib, sys, time\n"
+                                "while not pathlib.Path('started').exists(): time.sleep(0.01)\nsys.exit('the cell that fails')\n")
+    Path("baselines.py").write_text("import pathlib, sys, time\npathlib.Path('started').touch()\ntime.sleep(0.5)\n"
+                                    "pathlib.Path('finished').touch()\nsys.exit(2)\n")
+    monkeypatch.setattr(reproduce, "HERE", tmp_path)
+    with pytest.raises(data.InputError, match="the cell that fails"):
+        reproduce.Cells((), (), "abc", tmp_path, 2).all([(("mmcpr.py",), (), 0), (("baselines.py", "--method", "pmgt"), (), 0)], "cells")
+    assert Path("finished").exists()
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"seed": 0}'])
@@ -2356,6 +2370,19 @@ def test_tables_of_interactions_alone(sweep, tmp_path):
     assert all(f"| {name} |" in table2 for name in ("Random", "GCN-P", "MMCPR")) and "PMGT" not in table2
     assert "λ" not in Path("results/shop/table3.md").read_text() and "CIMA" not in Path("results/shop/scale.md").read_text()
     assert not Path("results/shop/fig4.md").exists()  # CIMA has nothing to align
+
+
+def test_the_papers_figure_stands_in_its_own_row(sweep, tmp_path):
+    """Also where only one of the three rows can be made."""
+    for files, rows in (((), 3), (("item_text.npy", "item_image.npy", "review.npy", "items.csv"), 1)):
+        folder = tmp_path / str(rows) / "vg"
+        folder.parent.mkdir()
+        write_shop(folder)
+        for file in files:
+            (folder / file).unlink()
+        assert run(reproduce.main, "table3", "--data", folder, "--seeds", 0, "--rates", "1e-2", "--results", folder.parent) == 0
+        lines = [line for line in (folder / "table3.md").read_text().splitlines() if line.startswith(("| w/o", "| MMCPR"))]
+        assert [line.split(" | ")[-1] for line in lines] == ["0.1898 |", "0.1729 |", "0.1939 |"][-rows:]
 
 
 def test_changed_defaults_and_data_are_other_cells(tmp_path, monkeypatch):
