@@ -7,11 +7,13 @@
 
 A cell is one pre-training and one fine-tuning, by the commands a reader would type. What it found is kept as JSON in
 results/<data>/cells, named after all options of those commands, the split and the features (not after the code: after a change
-of that, name another --results): an interrupted sweep goes on, a second call only prints. Pre-training is repeated for every seed,
-the split stays. Each system's learning rate, of the paper's grid, and the scale at which its tables are handed over, as they are or
-Xavier's, are chosen on the first seed by the validation Recall@20 after fine-tuning; variants of MMCPR keep MMCPR's.
+of that, name another --results): an interrupted sweep goes on, a second call only prints. <target>.csv lists the runs behind
+a table, one row a seed. Pre-training is repeated for every seed, the split stays. Each system's learning rate, of the paper's grid,
+and the scale at which its tables are handed over, as they are or Xavier's, are chosen on the first seed by the validation Recall@20
+after fine-tuning; variants of MMCPR keep MMCPR's.
 """
 import argparse
+import csv
 import hashlib
 import json
 import os
@@ -68,7 +70,7 @@ class Cells:
         self.source, self.encoding, self.fingerprint, self.folder, self.jobs = source, encoding, fingerprint, folder.resolve(), jobs
         for name in ("cells", "tables"):
             (folder / name).mkdir(parents=True, exist_ok=True)
-        self.locks, self.running = defaultdict(threading.Lock), set()
+        self.locks, self.running, self.used = defaultdict(threading.Lock), set(), {}
         self.environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))} | os.environ
 
     def name(self, *commands, seed):
@@ -144,7 +146,8 @@ class Cells:
                     for process in list(self.running):  # mmcpr.py and finetune.py save a checkpoint
                         process.terminate()
                 raise
-            return [once[cell].result() for cell in wanted]
+            self.used |= {cell: future.result() for cell, future in once.items()}
+            return [self.used[cell] for cell in wanted]
 
 
 def pretraining(system, *flags):
@@ -182,6 +185,16 @@ def mmcpr_as_chosen(cells, args):
 def test(cells, metric):
     """[n_seeds] of one test metric."""
     return np.array([cell["finetune"]["test"][metric] for cell in cells])
+
+
+def runs(used):
+    """The rows of <target>.csv, of {(pretraining, finetuning, seed): cell}: what a paired comparison with another system needs."""
+    yield "pretraining", "finetuning", "seed", "epoch", "valid recall@20", *METRICS
+    for (pretraining, finetuning, seed), cell in used.items():
+        if cell:
+            found = cell["finetune"]
+            yield (" ".join(pretraining or ("random",)), " ".join(("finetune.py", *finetuning)), seed, found["epoch"],
+                   *(f"{x:.6f}" for x in (found["valid"]["recall@20"], *(found["test"][metric] for metric in METRICS))))
 
 
 def spread(values):
@@ -287,6 +300,11 @@ def scale(cells, args, show):
     rows["MMCPR not trained, to Xavier's RMS"] = run(pretraining("mmcpr", *UNTRAINED), "--scale", "xavier")
     rows |= {"Random, Xavier": run(None), "Random, at the RMS of MMCPR as is": run(None, "--scale", rms(rows["MMCPR, as is"]))}
     show("scale", table("Scale of the start", args, rows))
+    curves = {}
+    for name in (name for name in rows if "CIMA" not in name):
+        points = list(zip(*(cell["finetune"]["history"] for cell in rows[name])))  # as far as all seeds went
+        curves[name] = [point[0]["epoch"] for point in points], [[seed["recall@20"] for seed in point] for point in points]
+    plot(args.folder / "scale.png", {"validation Recall@20": curves}, "epoch of fine-tuning")
 
 
 # --- Figures --------------------------------------------------------------------------------------------------------
@@ -411,7 +429,10 @@ def main(argv=None):
         print("\n".join(["", *lines, ""]), flush=True)
 
     for name in TARGETS if args.target == "all" else (args.target,):
+        cells.used.clear()
         TARGETS[name](cells, args, show)
+        if cells.used:
+            data.replace_file(args.folder / f"{name}.csv", lambda file: csv.writer(file, lineterminator="\n").writerows(runs(cells.used)), "w")
     again = " ".join("all" if word == args.target else word for word in (sys.argv[1:] if argv is None else argv))
     print(f"wrote {args.folder}" + (f"; next: python reproduce.py {again}" if args.target != "all" else ""))
 

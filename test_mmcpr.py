@@ -2172,7 +2172,7 @@ def test_all_tables_and_figures(sweep, capsys):
     out = capsys.readouterr().out
     for name in ("table1", "table2", "table3", "fig3", "fig4", "scale"):
         assert (folder / f"{name}.md").read_text().strip() in out
-    for name in ("fig3", "fig4", "training", "attention"):
+    for name in ("fig3", "fig4", "training", "attention", "scale"):
         assert Image.open(folder / f"{name}.png").size[0] > 300
     table2 = (folder / "table2.md").read_text()
     for name in ("Random", "Random at the RMS of MMCPR as is", "text+image", "MMGCN", "GPT-GNN", "Graph-BERT", "PMGT", "GCN-P",
@@ -2189,9 +2189,23 @@ def test_all_tables_and_figures(sweep, capsys):
                   set(c["pretraining"][3:]) == flags and tuple(c["finetuning"]) == start]
         line = next(line for line in (folder / f"{name}.md").read_text().splitlines() if line.startswith(f"| {row} |"))
         assert len(values) == 2 and line.split(" | ")[5] == f"{np.mean(values):.4f} ± {np.std(values, ddof=1):.4f}"
-    before = {path.name: path.read_bytes() for path in folder.glob("*.md")}
+    # Every run once in <target>.csv, and there what its cell says
+    with open(folder / "table2.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert len({(row["pretraining"], row["finetuning"], row["seed"]) for row in rows}) == len(rows)
+    for cell in cells:
+        command = (" ".join(cell["pretraining"] or ["random"]), " ".join(["finetune.py", *cell["finetuning"]]), str(cell["seed"]))
+        row = [row for row in rows if (row["pretraining"], row["finetuning"], row["seed"]) == command]
+        if {"--lam", "--cima", "--modalities"} & set(cell["pretraining"] or ()) and "TVG" not in cell["pretraining"]:
+            assert not row  # of other tables
+        elif row:
+            assert float(row[0]["recall@60"]) == pytest.approx(cell["finetune"]["test"]["recall@60"], abs=1e-6)
+            assert int(row[0]["epoch"]) == cell["finetune"]["epoch"]
+    assert [row["seed"] for row in rows if row["pretraining"] == "random" and row["finetuning"] == "finetune.py"] == ["0", "1"]
+    made = lambda: {path.name: path.read_bytes() for path in folder.glob("*.[mc]*")}
+    before = made()
     assert target("all", "--seeds", 0, 1) == 0
-    assert len(ran) == count and before == {path.name: path.read_bytes() for path in folder.glob("*.md")}
+    assert len(ran) == count and before == made() and not (folder / "table1.csv").exists()
 
 
 def test_learning_rate_and_scale_are_the_validations_choice(sweep):
