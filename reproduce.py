@@ -197,6 +197,12 @@ def runs(used):
                    *(f"{x:.6f}" for x in (found["valid"]["recall@20"], *(found["test"][metric] for metric in METRICS))))
 
 
+def course(histories, key):
+    """([epoch], [[n_seeds] of a value per epoch]) of the seeds' histories, as far as all of them go: a curve for plot."""
+    points = list(zip(*histories))
+    return [point[0]["epoch"] for point in points], [[seed[key] for seed in point] for point in points]
+
+
 def spread(values):
     return f"{values.mean():.4f}" + (f" ± {values.std(ddof=1):.4f}" if len(values) > 1 else "")
 
@@ -300,10 +306,7 @@ def scale(cells, args, show):
     rows["MMCPR not trained, to Xavier's RMS"] = run(pretraining("mmcpr", *UNTRAINED), "--scale", "xavier")
     rows |= {"Random, Xavier": run(None), "Random, at the RMS of MMCPR as is": run(None, "--scale", rms(rows["MMCPR, as is"]))}
     show("scale", table("Scale of the start", args, rows))
-    curves = {}
-    for name in (name for name in rows if "CIMA" not in name):
-        points = list(zip(*(cell["finetune"]["history"] for cell in rows[name])))  # as far as all seeds went
-        curves[name] = [point[0]["epoch"] for point in points], [[seed["recall@20"] for seed in point] for point in points]
+    curves = {name: course([cell["finetune"]["history"] for cell in row], "recall@20") for name, row in rows.items() if "CIMA" not in name}
     plot(args.folder / "scale.png", {"validation Recall@20": curves}, "epoch of fine-tuning")
 
 
@@ -360,9 +363,8 @@ def fig3(cells, args, show):
                                               for m in "RTVG" if any(m in attention[s, side] for s in shown)}
     plot(args.folder / "attention.png", {title: curves for title, curves in panels.items() if curves})
     curves = {"loss per positive (BCE)": "bce", "validation Recall@20": "recall@20"}
-    plot(args.folder / "training.png", {title: {subset: ([p["epoch"] for p in cells_[0]["report"]["history"]],
-                                                         [[p[key]] for p in cells_[0]["report"]["history"]])
-                                                for subset, cells_ in rows.items() if len(subset) != 2} for title, key in curves.items()}, "epoch")
+    plot(args.folder / "training.png", {title: {subset: course([cells_[0]["report"]["history"]], key) for subset, cells_ in rows.items()
+                                                if len(subset) != 2} for title, key in curves.items()}, "epoch")
 
 
 def fig4(cells, args, show):

@@ -2192,7 +2192,8 @@ def test_all_tables_and_figures(sweep, capsys):
     # Every run once in <target>.csv, and there what its cell says
     with open(folder / "table2.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    assert len({(row["pretraining"], row["finetuning"], row["seed"]) for row in rows}) == len(rows)
+    # Six systems at three rates and two scales, text+image at two, Random: the choice; eight systems' other seed; two rows of MMCPR's
+    assert len({(row["pretraining"], row["finetuning"], row["seed"]) for row in rows}) == len(rows) == (6 * 3 * 2 + 2 + 1) + 8 + 2 * 2
     for cell in cells:
         command = (" ".join(cell["pretraining"] or ["random"]), " ".join(["finetune.py", *cell["finetuning"]]), str(cell["seed"]))
         row = [row for row in rows if (row["pretraining"], row["finetuning"], row["seed"]) == command]
