@@ -118,8 +118,8 @@ class MMGCN(nn.Module):
     Per modality, from x = L2norm([user preference; MLP(features)]), three times:
         h = LeakyReLU(mean over neighbours of W1 x),   x^ = LeakyReLU(W2 x + b2) + id,   x = LeakyReLU(W3 [h || x^] + b3)
     The representation is the sum over modalities, as the paper has it (the authors' code: the mean). id and preferences are
-    trained, as the paper means (in the code they are plain tensors that Adam never sees). BPR, one uniform negative. Any modality
-    wider than 256 goes through a layer of 256 (the authors': only the visual one).
+    trained, as the paper means (in the code they are plain tensors that Adam never sees). BPR, one uniform negative. Every modality
+    goes through a linear layer of its own width, at most 256 (the authors': only the visual one, of 256).
     """
 
     def __init__(self, train, views, dim, batch, layers=3, width=256, reg=1e-5):
@@ -350,8 +350,9 @@ class GraphBERT(Items):
         near, far = self.context[rows, which], (rows + torch.randint(1, self.n_items, (len(rows),))) % self.n_items
         z, z_near, z_far = self.encode(torch.cat([rows, near, far])).chunk(3)
         attributes = ((self.attribute(z) - self.x[rows]).square() * self.known[rows]).sum(1).mean()
-        structure = (F.cosine_similarity(z, z_near) - self.closeness[rows, which]).square().mean() + \
-            F.cosine_similarity(z, z_far).square().mean()
+        there = near != rows  # an item that reaches fewer than k others has no pair in the other places
+        gap = (F.cosine_similarity(z, z_near) - self.closeness[rows, which]).square()
+        structure = gap[there].sum() / there.sum().clamp(min=1) + F.cosine_similarity(z, z_far).square().mean()
         return attributes + structure
 
     def embed(self):
@@ -605,7 +606,7 @@ def pretrain(build, parts, lr, args):
     torch.manual_seed(args.seed)
     started, model = time.time(), build()
     optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
-    best, history = {"recall@20": -1.0}, []
+    best, highest, history = None, -1, []
     bar = tqdm(range(1, args.epochs + 1), desc=f"{args.method}, lr {lr:g}", unit="epoch")
     for epoch in bar:
         model.train()
@@ -623,15 +624,17 @@ def pretrain(build, parts, lr, args):
         model.eval()
         with torch.no_grad():
             user, item = model.embed()
-        point = {"epoch": epoch, "loss": float(np.mean(losses))}
-        point["recall@20"] = validate(user, item, parts) if parts.valid.nnz else float(epoch)
+        recall = validate(user, item, parts) if parts.valid.nnz else None  # without validation the last epoch is kept
+        point = {"epoch": epoch, "loss": float(np.mean(losses)), "recall@20": recall}
         history.append(point)
-        if point["recall@20"] > best["recall@20"]:
-            best, tables = point, (user, item)
-        bar.set_postfix({name: f"{value:.4f}" for name, value in point.items() if name != "epoch"})
+        if recall is None or recall > highest:
+            best, highest, tables = point, recall, (user, item)
+        bar.set_postfix({name: f"{value:.4f}" for name, value in point.items() if name != "epoch" and value is not None})
         if epoch - best["epoch"] >= args.patience:
             break
     bar.close()
+    if not all(x.isfinite().all() for x in tables if x is not None):
+        raise data.InputError(f"the tables are not finite at epoch {best['epoch']}; lower --lr (now {lr:g})")
     return *tables, {"lr": lr, **best, "epochs_run": epoch, "seconds": round(time.time() - started, 1), "history": history}
 
 
@@ -680,6 +683,9 @@ def main(argv=None):
     args = arguments().parse_args(argv)
     if not all(0 < lr < np.inf for lr in args.lr):
         raise data.InputError("--lr must be above 0 and finite")
+    heads = {"gptgnn": 4, "graphbert": 2, "pmgt": 2}.get(args.method, 1)
+    if args.dim % heads:
+        raise data.InputError(f"--dim {args.dim}: {args.method} has {heads} attention heads; choose a multiple of that")
     data.check_outputs(args.out)
     dataset, parts, source = data.open_data(args, modalities=args.modalities + "R")
     wanted = {"random": "", "gcnp": args.modalities + "R"}.get(args.method, args.modalities)
@@ -694,16 +700,27 @@ def main(argv=None):
         user, item = build()
         report = {"recall@20": validate(user, item, parts) if parts.valid.nnz else None, "trials": []}
     else:
-        trials = [pretrain(build, parts, lr, args) for lr in args.lr]
-        user, item, report = max(trials, key=lambda trial: trial[2]["recall@20"])
+        if len(args.lr) > 1 and not parts.valid.nnz:
+            raise data.InputError("without validation nothing chooses among several learning rates; pass one: --lr 1e-3")
+        trials, diverged = [], []
+        for lr in args.lr:
+            try:
+                trials.append(pretrain(build, parts, lr, args))
+            except data.InputError as error:  # what the other rates found is not lost
+                diverged.append(error)
+                print(f"lr {lr:g}: {error}", flush=True)
+        if not trials:
+            raise diverged[-1]
+        user, item, report = max(trials, key=lambda trial: trial[2]["recall@20"] or 0)
         report["trials"] = [{k: v for k, v in trial[2].items() if k not in ("history", "trials")} for trial in trials]
     rms = lambda x: x.square().mean().sqrt().item()
     report["rms"] = {"item": rms(item)} | ({} if user is None else {"user": rms(user)})
     meta = {"method": name, "data": source, "options": data.run_options(args, "out"), "report": report}
     data.save_embeddings(args.out, dataset, parts, None if user is None else user.numpy(), item.numpy(), meta)
     for trial in report["trials"]:
-        print(f"lr {trial['lr']:g}: loss {trial['loss']:.4f}, validation Recall@20 {trial['recall@20']:.4f} at epoch {trial['epoch']} of "
-              f"{trial['epochs_run']}, {trial['seconds']:.0f} s")
+        recall = "" if trial["recall@20"] is None else f", validation Recall@20 {trial['recall@20']:.4f}"
+        print(f"lr {trial['lr']:g}: loss {trial['loss']:.4f}{recall} at epoch {trial['epoch']} of {trial['epochs_run']}, "
+              f"{trial['seconds']:.0f} s")
     print(f"{name}: RMS of the entries: " + ", ".join(f"{side} {value:.3f}" for side, value in report["rms"].items()) +
           ("; no users" if user is None else ""))
     print(f"wrote {args.out}; next: python finetune.py --init {args.out}")

@@ -101,6 +101,8 @@ def split_dataset(dataset, seed=0, valid=0.1):
                       shape=(dataset.n_users, dataset.n_items)) for p in (TRAIN, VALID, TEST))
     for matrix in (train, held, test):
         matrix.sort_indices()
+    if not train.nnz:
+        raise InputError(f"{dataset.name}: the split leaves nothing to train on: no row has x_label 0")
     if not test.nnz:
         raise InputError(f"{dataset.name}: the split leaves nothing to test: " + ("no user has 5 interactions or more"
                          if dataset.labels is None else "no row has x_label 2"))
@@ -502,7 +504,7 @@ def make_folder(folder, key, write):
     It is whole once source.json, which holds the key, is there; pictures fetched for an earlier version stay.
     """
     source = folder / "source.json"
-    if source.exists() and json.loads(source.read_text()) == key:
+    if source.exists() and source.read_text() == json.dumps(key):
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=folder.name + ".", dir=folder.parent) as name:

@@ -8,9 +8,9 @@
 A cell is one pre-training and one fine-tuning, by the commands a reader would type. What it found is kept as JSON in
 results/<data>/cells, named after all options of those commands, the split and the features (not after the code: after a change
 of that, name another --results): an interrupted sweep goes on, a second call only prints. <target>.csv lists the runs behind
-a table, one row a seed. Pre-training is repeated for every seed, the split stays. Each system's learning rate, of the paper's grid,
-and the scale at which its tables are handed over, as they are or Xavier's, are chosen on the first seed by the validation Recall@20
-after fine-tuning; variants of MMCPR keep MMCPR's.
+a table, those of the choice too, one row a seed. Pre-training is repeated for every seed, the split stays. Each system's learning
+rate, of the paper's grid, and the scale at which its tables are handed over, as they are or Xavier's, are chosen on the first seed
+by the validation Recall@20 after fine-tuning; variants of MMCPR keep MMCPR's.
 """
 import argparse
 import csv
@@ -44,6 +44,7 @@ PAPER = {  # Recall@20 of the paper's Table 2
     "vg": (.1571, .1712, .1703, .1659, .1696, .1718, .1916, .1939), "tg": (.0876, .0967, .0966, .0931, .1034, .1024, .1025, .1067),
     "sharee": (.1059, .1135, .1106, .1090, .1074, .1077, .1382, .1392)}
 PAPER_ABLATION = {"vg": (.1898, .1729, .1939), "tg": (.1051, .0974, .1067), "sharee": (.1316, .1143, .1392)}  # of its Table 3
+ENCODING = ("encoder", "clip_model", "clip_weights")
 UNTRAINED = ("--lr", "1e-9", "--epochs", "1", "--eval-every", "1")  # the towers as they are drawn
 P_VALUE = "p: paired t-test over the seeds of one split, uncorrected."
 
@@ -51,7 +52,7 @@ P_VALUE = "p: paired t-test over the seeds of one split, uncorrected."
 # --- Cells ----------------------------------------------------------------------------------------------------------
 
 # What the scripts say where the data has nothing for a cell, and where the learning rate is too high
-NOTHING, DIVERGED = ("nothing for --method", "--lam 1 trains CIMA alone"), ("not finite",)
+NOTHING, DIVERGED = ("nothing for --method", "--lam 1 trains CIMA alone"), "not finite"
 
 
 def options(command):
@@ -71,6 +72,7 @@ class Cells:
         for name in ("cells", "tables"):
             (folder / name).mkdir(parents=True, exist_ok=True)
         self.locks, self.running, self.used = defaultdict(threading.Lock), set(), {}
+        self.starting, self.stopped = threading.Lock(), False
         self.environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))} | os.environ
 
     def name(self, *commands, seed):
@@ -79,28 +81,42 @@ class Cells:
 
     def command(self, script, *flags):
         """Runs one of the project's scripts; InputError with its own last line where it fails."""
-        process = subprocess.Popen([sys.executable, str(HERE / script), *flags], env=self.environment, stdout=subprocess.DEVNULL,
-                                   stderr=subprocess.PIPE, text=True)
-        self.running.add(process)
+        with self.starting:  # so that a sweep that is being stopped knows of every process
+            if self.stopped:
+                raise data.InputError(f"{script}: not started; the sweep was interrupted")
+            process = subprocess.Popen([sys.executable, str(HERE / script), *flags], env=self.environment, cwd=self.folder / "cells",
+                                       stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)  # there finetune.py's checkpoint lies
+            self.running.add(process)
         message = process.communicate()[1].strip().splitlines()
         self.running.discard(process)
         if process.returncode:
             raise data.InputError(f"{script} {' '.join(flags)}: {(message or ['no message'])[-1]}")
 
-    def run(self, pretraining, finetuning, seed, forgiven=()):
+    def run(self, pretraining, finetuning, seed, may_diverge=False):
         """One cell: (command of mmcpr.py or baselines.py, or None for a random start; flags of finetune.py; seed) -> its JSON.
 
-        None where the data has nothing for it, and where a script fails with one of the messages forgiven.
+        None where the data has nothing for it, and, if may_diverge, where the learning rate is too high for it.
         """
         path = self.folder / "cells" / f"{self.name(pretraining, ('finetune.py', *finetuning), seed=seed)}.json"
         if path.exists():
             try:
                 cell = json.loads(path.read_text())
-                if cell is None or "report" in cell and cell["finetune"]["test"]:
-                    return cell
+                whole = cell is None or "diverged" in cell or "report" in cell and cell["finetune"]["test"]
             except (ValueError, KeyError, TypeError):
-                pass
-            raise data.InputError(f"{path}: damaged; delete it and run the same command again")
+                whole = False
+            if not whole:
+                raise data.InputError(f"{path}: damaged; delete it and run the same command again")
+        else:
+            cell = self.make(pretraining, finetuning, seed, path)
+            data.replace_file(path, lambda file: json.dump(cell, file, indent=1), "w")
+        if cell and "diverged" in cell:
+            if not may_diverge:
+                raise data.InputError(cell["diverged"])
+            return None
+        return cell
+
+    def make(self, pretraining, finetuning, seed, path):
+        """What run keeps at `path`: what the commands found, None for nothing to do, {"diverged": message}."""
         init, report = "random", None
         try:
             if pretraining:
@@ -117,24 +133,22 @@ class Cells:
                     raise data.InputError(f"{init}: damaged; delete it and run the same command again") from None
                 report = meta["report"] | {"method": meta["method"]}
             found = path.with_suffix(".found")
-            self.command("finetune.py", "--init", str(init), *(() if pretraining else self.source), *finetuning, "--seeds", str(seed),
-                         "--metrics", str(found), "--resume")
-            cell = {"pretraining": pretraining, "finetuning": finetuning, "seed": seed, "report": report,
-                    "finetune": json.loads(found.read_text()) | {"data": self.folder.name, "init": init if init == "random" else init.name}}
-            found.unlink()
+            self.command("finetune.py", "--init", str(init), *self.source, *finetuning, "--seeds", str(seed), "--metrics", str(found),
+                         "--resume")
         except data.InputError as error:
-            if any(words in str(error) for words in forgiven):
+            if any(words in str(error) for words in NOTHING):
                 return None
-            if not any(words in str(error) for words in NOTHING):
-                raise
-            cell = None
-        data.replace_file(path, lambda file: json.dump(cell, file, indent=1), "w")
-        return cell
+            if DIVERGED in str(error):
+                return {"diverged": str(error)}
+            raise
+        results = json.loads(found.read_text()) | {"data": self.folder.name, "init": init if init == "random" else init.name}
+        found.unlink()
+        return {"pretraining": pretraining, "finetuning": finetuning, "seed": seed, "report": report, "finetune": results}
 
-    def all(self, wanted, what, forgiven=()):
+    def all(self, wanted, what, may_diverge=False):
         """The cells of a list of (pretraining, finetuning, seed), in order, with a bar over those that must be run."""
         with ThreadPoolExecutor(self.jobs) as pool:
-            once = {cell: pool.submit(self.run, *cell, forgiven) for cell in dict.fromkeys(wanted)}
+            once = {cell: pool.submit(self.run, *cell, may_diverge) for cell in dict.fromkeys(wanted)}
             futures = list(once.values())
             try:
                 for future in tqdm(as_completed(futures), total=len(futures), desc=what, unit="cell"):
@@ -143,6 +157,8 @@ class Cells:
                 for future in futures:
                     future.cancel()
                 if isinstance(error, KeyboardInterrupt):  # where a cell failed, the others that are running finish
+                    with self.starting:
+                        self.stopped = True
                     for process in list(self.running):  # mmcpr.py and finetune.py save a checkpoint
                         process.terminate()
                 raise
@@ -166,7 +182,7 @@ def choose(cells, systems, args):
     rates = {system: [("--lr", lr, *patience) for lr in args.rates] if system not in ("random", "clip") else [()] for system in systems}
     grid = [(system, rate, scale) for scale in SCALES for system in systems for rate in rates[system] if system != "random" or not scale]
     found = cells.all([(pretraining(system, *rate), scale, args.seeds[0]) for system, rate, scale in grid], "learning rate and scale",
-                      DIVERGED)
+                      may_diverge=True)
     value = lambda trial: trial[1]["finetune"]["valid"]["recall@20"] if trial[1] else -1
     chosen = {}
     for (system, *pair), _ in sorted(zip(grid, found), key=value, reverse=True):
@@ -217,10 +233,10 @@ def gain(ours, other):
 
 
 def table(title, args, rows, extra=()):
-    """Markdown of rows {name: cells}; extra: [(name of a last column, {row: text})]. The title names a budget of its own."""
+    """Markdown of rows {name: cells}; extra: [(name of a last column, {row: text})]. The title names what is not the default."""
     budget = "" if tuple(args.rates) == GRID else f", rates {' '.join(args.rates)}"
     budget += f", patience {args.patience}" if args.patience else ""
-    lines = [f"# {title}, {args.label}, seeds {' '.join(map(str, args.seeds))}{budget}", "",
+    lines = [f"# {title}, {args.label}, seeds {' '.join(map(str, args.seeds))}{budget}{args.settings}", "",
              "| | " + " | ".join([*METRICS, *(name for name, _ in extra)]) + " |", "|---" * (1 + len(METRICS) + len(extra)) + "|"]
     for name, cells in rows.items():
         lines.append(f"| {name} | " + " | ".join([*(spread(test(cells, metric)) for metric in METRICS),
@@ -246,7 +262,7 @@ def by_row(names, found):
 
 def table1(cells, args, show):
     n, users, items = len(args.dataset.users), args.dataset.n_users, args.dataset.n_items
-    show("table1", ["# Table 1", "", "| data | users | items | interactions | sparsity |", "|---|---|---|---|---|",
+    show("table1", [f"# Table 1{args.settings}", "", "| data | users | items | interactions | sparsity |", "|---|---|---|---|---|",
                     f"| {args.label} | {users:,} | {items:,} | {n:,} | {1 - n / users / items:.2%} |"])
 
 
@@ -417,12 +433,17 @@ def main(argv=None):
     args.dataset, parts, options = data.open_data(args)
     args.label = os.path.basename(options["data"]).replace(":", "_")
     args.folder = Path(args.results) / args.label
+    changed = {name: options[name] for name in ("valid", "split_seed", "min_count", "sample") if options[name] != data.DATA_DEFAULTS[name]}
+    changed |= {name: getattr(args, name) for name in ENCODING if getattr(args, name) != parser.get_default(name)}
+    args.settings = "".join(f", {name.replace('_', ' ')} {value}" for name, value in changed.items())
+    if os.path.exists(args.clip_weights):
+        args.clip_weights = os.path.abspath(args.clip_weights)  # the scripts run in another folder
     data.check_outputs(args.folder / "table1.md")
     # Encoded once, before the cells ask for them
     features = data.features(args.dataset, "TVR", args.encoder, Path(options["data_dir"]), (args.clip_model, args.clip_weights))
     args.pairs = {"T", "V"} <= features.keys()
     flags = lambda options: [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
-    encoding = flags({name: getattr(args, name) for name in ("encoder", "clip_model", "clip_weights")})
+    encoding = flags({name: getattr(args, name) for name in ENCODING})
     source = flags(options | {"amazon_url": args.amazon_url})
     cells = Cells(source, encoding, mmcpr.digest({}, parts, features.values()), args.folder, args.jobs)
 

@@ -428,8 +428,12 @@ def test_initial_scale_and_missing_side():
     np.testing.assert_array_equal(same, item)
     np.testing.assert_allclose(user[3], item[train[3].indices].mean(0), rtol=1e-5)
     assert user[7].any(), "a user without training items is drawn at random"
-    for scale, want in (("xavier", (2 / 66) ** 0.5), (0.3, 0.3)):
-        assert rms(finetune.initial_tables({"item": item}, train, 16, scale)[0]) == pytest.approx(want, rel=1e-5)
+    given = {"user": 2 * rng.normal(size=(50, 16)).astype(np.float32), "item": item}
+    for scale, want in (("xavier", ((2 / 66) ** 0.5, (2 / 46) ** 0.5)), (0.3, (0.3, 0.3))):
+        for init in (given, {"item": item}):
+            tables = finetune.initial_tables(init, train, 16, scale)
+            assert [rms(table) for table in tables] == pytest.approx(want, rel=1e-5)
+            np.testing.assert_allclose(tables[1].numpy() / item, want[1] / np.sqrt(np.mean(item ** 2)), rtol=1e-4)  # a factor, no more
     random, _ = finetune.initial_tables(None, train, 16)
     assert random.abs().max() <= (6 / 66) ** 0.5 and rms(random) == pytest.approx((2 / 66) ** 0.5, rel=0.1)
 
@@ -820,6 +824,15 @@ def test_missing_side_reaches_the_start(trained):
     np.testing.assert_allclose(arrays["user"][0], arrays["item"][train[[0]].indices].mean(0), rtol=1e-5)
 
 
+def test_popularity_loss_is_the_bce_of_the_log_odds():
+    train = binary(np.random.default_rng(15), 30, 12, 0.3)
+    train = sp.csr_matrix(np.hstack([train.toarray(), np.zeros((30, 1)), np.ones((30, 1))]))  # nobody's item, everybody's: no loss
+    p = torch.from_numpy(train.toarray().mean(0)[:12])
+    s, R = (p / (1 - p)).log().expand(30, -1), torch.from_numpy(train.toarray()[:, :12])
+    want = torch.nn.functional.binary_cross_entropy_with_logits(s, R, reduction="sum").item() / train.nnz
+    assert mmcpr.popularity_loss(train) == pytest.approx(want, rel=1e-9)
+
+
 def test_pretraining_patience_starts_after_the_plateau(trained, monkeypatch):
     """However late the plateau is left, patience is counted from there, not from a best epoch on it."""
     monkeypatch.setattr(metrics, "evaluate", lambda *args: {"recall@20": 0.5})  # the first evaluation stays the best
@@ -1035,6 +1048,11 @@ def test_mmrec_folder_that_cannot_be_read(tmp_path, capsys, old, new, words):
     """An MMRec folder's defect is named by row."""
     assert prepare(put(tmp_path / "x", {"x.inter": INTER.replace(old, new, 1)})) == 2
     assert words in only_error(capsys)
+
+
+def test_mmrec_folder_without_training_rows(tmp_path, capsys):
+    assert prepare(put(tmp_path / "x", {"x.inter": re.sub(r"0$", "2", INTER, flags=re.M)})) == 2
+    assert "nothing to train on: no row has x_label 0" in only_error(capsys)
 
 
 @pytest.mark.parametrize("name, words", [
@@ -2030,6 +2048,39 @@ def test_intimacy_against_the_dense_inverse(monkeypatch):
     assert alone.any() and (index[alone] == torch.from_numpy(np.flatnonzero(alone))[:, None]).all()  # its own context
 
 
+def test_graphbert_contexts_and_losses_against_the_loop():
+    """Tokens' codes, what z must say and how near it must be; an item that reaches too few others has no pair in the empty places."""
+    rng = np.random.default_rng(28)
+    R = binary(rng, 40, 20, 0.06)
+    A = ((R.T @ R).toarray() > 0) * (1 - np.eye(20, dtype=int))
+    torch.manual_seed(0)
+    x = torch.from_numpy(rng.normal(size=(20, 5))).float()
+    x[3, :2] = 0
+    known = (x != 0).float()
+    model = baselines.GraphBERT(R, x, known, 8, 20, k=6).eval()  # no dropout
+    index, S = baselines.intimacy(R, 6)
+    rows = torch.arange(20)
+    empty = index == rows[:, None]
+    assert empty.any() and empty.all(1).any() and not empty.all() and torch.equal(model.context, index)
+    for i in range(20):
+        for place, j in enumerate([i, *index[i].tolist()]):
+            hop = 0 if j == i else 1 if A[i, j] else 2
+            want = sum(baselines.sinusoid(torch.tensor(float(code)), 8) for code in (A[j].sum(), place, hop))
+            torch.testing.assert_close(model.codes[i, place], want)
+    near, far = [], []
+    encode = model.encode
+    model.encode = lambda rows: near.append(rows[20:40]) or far.append(rows[40:]) or encode(rows)
+    draws = [model.loss(rows).item() for _ in range(3)]
+    z = encode(rows)
+    cos = lambda a, b: torch.nn.functional.cosine_similarity(z[a], z[b], dim=0).item()
+    for value, others, strangers in zip(draws, near, far):
+        attributes = np.mean([sum((model.attribute(z[i]) - x[i])[c].item() ** 2 for c in range(5) if known[i, c]) for i in range(20)])
+        pairs = [(i, j, (S[i, index[i] == j] / S[i, 0]).item()) for i, j in enumerate(others.tolist()) if i != j]
+        structure = np.mean([(cos(i, j) - s) ** 2 for i, j, s in pairs]) + np.mean([cos(i, j) ** 2 for i, j in enumerate(strangers.tolist())])
+        assert value == pytest.approx(attributes + structure, rel=1e-4) and len(pairs) < 20
+        assert (strangers != rows).all()
+
+
 def test_mcn_sampling_frequencies():
     """One draw: neighbours in proportion to the weights. Two hops: the nearer hop counts more; short lists start again."""
     graph, rng = weighted_ring(), np.random.default_rng(25)
@@ -2065,6 +2116,61 @@ def test_pmgt_masks_context_tokens_only():
     assert torch.equal(items[:, 0], torch.arange(20)) and not hidden[:, 0].any() and (hidden.sum(1) == 2).all()
     text_only = model.project[0](model.views[0][:5])
     torch.testing.assert_close(model.fuse(torch.arange(5)), text_only)  # a missing modality has no gate
+
+
+def test_pmgt_losses_against_the_loop():
+    """Cosines of an item to a neighbour and to an item that shares no user; the raw features of masked items, where they are known."""
+    rng = np.random.default_rng(29)
+    R = binary(rng, 20, 40, 0.06, empty_row=range(10)).T.tocsr()  # ten items without users, which share none with themselves
+    A = (R.T @ R).toarray() > 0
+    np.fill_diagonal(A, False)
+    torch.manual_seed(0)
+    views = baselines.unit_rows({"T": rng.normal(size=(20, 4)), "V": np.where(np.arange(20)[:, None] < 5, np.nan, rng.normal(size=(20, 3)))}, "TV")
+    raw = np.concatenate([view.numpy() for view in views.values()], 1)
+    model, seen, itself = baselines.PMGT(R, views, 8, 20), [], 0
+    encode = model.encode
+    model.encode = lambda *args, **options: seen.append(encode(*args, **options)) or seen[-1]
+    for _ in range(4):
+        value = model.loss(torch.arange(20)).item()
+        (h, items, _), (masked, contexts, hidden) = seen[-2:]
+        z, logits = model.pool(h[:, 0]), []
+        for i in range(20):
+            near, far = items[20 + i, 0].item(), items[40 + i, 0].item()
+            cos = lambda row: torch.nn.functional.cosine_similarity(z[i], z[row], dim=0)
+            itself += far == i < 10
+            if A[i].any():
+                assert A[i, near]
+                logits.append(torch.nn.functional.softplus(-cos(20 + i)).item())
+            if far != i and not A[i, far]:
+                logits.append(torch.nn.functional.softplus(cos(40 + i)).item())
+        features = [sum((model.feature(masked[i, t])[c].item() - raw[j, c]) ** 2 for c in range(7) if c < 4 or j >= 5)
+                    for i in range(20) for t, j in enumerate(contexts[i].tolist()) if hidden[i, t]]
+        assert value == pytest.approx(np.mean(logits) + np.mean(features), rel=1e-4)
+    assert itself and A.any()
+
+
+def test_gcnp_layers_and_loss_against_the_loop(monkeypatch):
+    rng = np.random.default_rng(30)
+    R, x = binary(rng, 12, 9, 0.3), baselines.unit_rows({"T": rng.normal(size=(9, 4)) + 1}, "T")["T"]
+    A = ((R @ R.T).toarray() > 0) * (1 - np.eye(12))
+    torch.manual_seed(0)
+    model = baselines.GCNP(R, None, x, 6, 100, graph="cosine")
+    for bias in model.bias:
+        torch.nn.init.normal_(bias)
+    outputs = []
+    for table, layers, S in zip(model.tables, model.W, (torch.from_numpy(A).float(), x @ x.T)):
+        h = table
+        for W in layers:
+            h = torch.nn.functional.normalize(torch.tanh((S @ h / S.sum(1, keepdim=True).clamp(min=1) + h) @ W.weight.T + W.bias))
+        outputs.append(h)
+    for got, want in zip(model.embed(), outputs):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    u, i, j = torch.tensor([0, 3, 5]), torch.tensor([1, 2, 0]), torch.tensor([4, 4, 8])
+    monkeypatch.setattr(baselines, "draw_columns", lambda matrix, rows: (i, torch.ones(3, dtype=torch.bool)))
+    model.sample = lambda rows, count: j[:, None]
+    p = lambda a, b: torch.sigmoid(outputs[0][a] @ outputs[1][b] + model.bias[0][a] + model.bias[1][b]).item()
+    want = np.mean([-np.log(p(a, b)) - np.log(1 - p(a, c)) for a, b, c in zip(u, i, j)])
+    assert model.loss(u).item() == pytest.approx(want, rel=1e-4)
 
 
 def test_gcnp_graphs_against_the_dense_ones():
@@ -2107,6 +2213,29 @@ def test_every_baseline_initialises_finetuning(trained, capsys, method):
         assert two["meta"]["report"]["lr"] == (0.01 if trials[1]["recall@20"] > trials[0]["recall@20"] else 1e-6)
     assert run(finetune.main, "--init", "b.npz", "--epochs", 1) == 0
     assert "test, init b.npz" in capsys.readouterr().out
+
+
+def test_baseline_at_rates_that_diverge_and_without_validation(trained, capsys):
+    """What another rate found is kept; nothing that is not finite is written; without validation there is one rate and no recall."""
+    command = ("--method", "mmgcn", "--data", "shop", "--dim", 8, "--epochs", 2, "--eval-every", 1, "--out", "b.npz")
+    for epochs in (1, 2):  # one: the loss is still finite, the tables no more
+        assert run(baselines.main, *command, "--lr", 1e30, "--epochs", epochs) == 2
+        assert "not finite" in capsys.readouterr().err and not Path("b.npz").exists()
+    assert run(baselines.main, *command, "--lr", 1e30, 0.01) == 0
+    report = data.load_embeddings("b.npz")["meta"]["report"]
+    assert report["lr"] == 0.01 and len(report["trials"]) == 1 and "not finite" in capsys.readouterr().out
+    assert run(baselines.main, *command, "--lr", 1e-3, 0.01, "--valid", 0) == 2
+    assert "nothing chooses among several learning rates" in capsys.readouterr().err
+    assert run(baselines.main, *command, "--lr", 0.01, "--valid", 0) == 0
+    report = data.load_embeddings("b.npz")["meta"]["report"]
+    assert report["recall@20"] is None and report["epoch"] == 2 and "Recall" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("method, heads", [("gptgnn", 4), ("graphbert", 2), ("pmgt", 2)])
+def test_width_that_the_heads_do_not_divide(trained, capsys, method, heads):
+    assert run(baselines.main, "--method", method, "--data", "shop", "--dim", 9) == 2
+    assert f"{heads} attention heads" in capsys.readouterr().err
+    assert run(baselines.main, "--method", method, "--data", "shop", "--dim", heads, "--epochs", 1, "--lr", 0.01) == 0
 
 
 @pytest.mark.parametrize("method", ["clip", *TRAINED])
@@ -2266,20 +2395,42 @@ def test_rate_at_which_training_diverges_is_not_chosen(sweep, capsys, monkeypatc
     monkeypatch.setattr(reproduce.Cells, "command", diverging("1e-2"))
     assert target("table3", "--seeds", 0, "--rates", "1e-2", "1e-3") == 0
     assert all("1e-3" in c for c in ran if c[0] == "mmcpr.py")
+    monkeypatch.setattr(reproduce.Cells, "command", lambda self, *c: pytest.fail(f"run a second time: {c}"))
+    assert target("table3", "--seeds", 0, "--rates", "1e-2", "1e-3") == 0
     monkeypatch.setattr(reproduce.Cells, "command", diverging("1"))  # of --lam
     assert target("table3", "--seeds", 1, "--rates", "1e-3") == 2 and "not finite" in capsys.readouterr().err
 
 
-def test_sweep_that_is_killed_takes_its_runs_along(tmp_path, monkeypatch):
-    """SIGTERM is passed on to the script that is running, which saves a checkpoint, and waits for it."""
-    monkeypatch.chdir(tmp_path)
-    Path("mmcpr.py").write_text("import pathlib, signal, sys, time\n"
-                                "def stop(*_):\n    time.sleep(0.2)\n    pathlib.Path('saved').touch()\n    sys.exit(2)\n"
-                                "signal.signal(signal.SIGTERM, stop)\npathlib.Path('started').touch()\ntime.sleep(60)\n")
+def test_sweep_that_is_killed_starts_nothing_more(tmp_path, monkeypatch):
+    """Two cells want the same tables: the one that waits for the other's does not pre-train in its place."""
+    (tmp_path / "mmcpr.py").write_text("import os, pathlib, signal, sys, time\nsignal.signal(signal.SIGTERM, lambda *_: sys.exit(2))\n"
+                                       "pathlib.Path(f'started{os.getpid()}').touch()\ntime.sleep(20)\n")
     monkeypatch.setattr(reproduce, "HERE", tmp_path)
 
     def kill():
-        while not Path("started").exists():
+        while not list(tmp_path.glob("cells/started*")):
+            time.sleep(0.01)
+        time.sleep(0.2)
+        os.kill(os.getpid(), signal.SIGTERM)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        threading.Thread(target=kill).start()
+        with pytest.raises(KeyboardInterrupt):
+            reproduce.Cells((), (), "abc", tmp_path, 2).all([(("mmcpr.py",), scale, 0) for scale in reproduce.SCALES], "cells")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert len(list(tmp_path.glob("cells/started*"))) == 1
+
+
+def test_sweep_that_is_killed_takes_its_runs_along(tmp_path, monkeypatch):
+    """SIGTERM is passed on to the script that is running, which saves a checkpoint, and waits for it."""
+    (tmp_path / "mmcpr.py").write_text("import pathlib, signal, sys, time\n"
+                                       "def stop(*_):\n    time.sleep(0.2)\n    pathlib.Path('saved').touch()\n    sys.exit(2)\n"
+                                       "signal.signal(signal.SIGTERM, stop)\npathlib.Path('started').touch()\ntime.sleep(60)\n")
+    monkeypatch.setattr(reproduce, "HERE", tmp_path)
+
+    def kill():
+        while not (tmp_path / "cells/started").exists():
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGTERM)
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -2289,20 +2440,19 @@ def test_sweep_that_is_killed_takes_its_runs_along(tmp_path, monkeypatch):
             reproduce.Cells((), (), "abc", tmp_path, 1).all([(("mmcpr.py",), (), 0)], "cells")
     finally:
         signal.signal(signal.SIGTERM, before)
-    assert Path("saved").exists()
+    assert (tmp_path / "cells/saved").exists()
 
 
 def test_cells_that_run_beside_a_failing_one_finish(tmp_path, monkeypatch):
     """baselines.py keeps no checkpoint: what it has computed would be lost."""
-    monkeypatch.chdir(tmp_path)
-    Path("mmcpr.py").write_text("import pathlib, sys, time\n"
-                                "while not pathlib.Path('started').exists(): time.sleep(0.01)\nsys.exit('the cell that fails')\n")
-    Path("baselines.py").write_text("import pathlib, sys, time\npathlib.Path('started').touch()\ntime.sleep(0.5)\n"
-                                    "pathlib.Path('finished').touch()\nsys.exit(2)\n")
+    (tmp_path / "mmcpr.py").write_text("import pathlib, sys, time\n"
+                                       "while not pathlib.Path('started').exists(): time.sleep(0.01)\nsys.exit('the cell that fails')\n")
+    (tmp_path / "baselines.py").write_text("import pathlib, sys, time\npathlib.Path('started').touch()\ntime.sleep(0.5)\n"
+                                           "pathlib.Path('finished').touch()\nsys.exit(2)\n")
     monkeypatch.setattr(reproduce, "HERE", tmp_path)
     with pytest.raises(data.InputError, match="the cell that fails"):
         reproduce.Cells((), (), "abc", tmp_path, 2).all([(("mmcpr.py",), (), 0), (("baselines.py", "--method", "pmgt"), (), 0)], "cells")
-    assert Path("finished").exists()
+    assert (tmp_path / "cells/finished").exists()
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"seed": 0}'])
@@ -2385,6 +2535,27 @@ def test_tables_of_interactions_alone(sweep, tmp_path):
     assert all(f"| {name} |" in table2 for name in ("Random", "GCN-P", "MMCPR")) and "PMGT" not in table2
     assert "λ" not in Path("results/shop/table3.md").read_text() and "CIMA" not in Path("results/shop/scale.md").read_text()
     assert not Path("results/shop/fig4.md").exists()  # CIMA has nothing to align
+
+
+def test_what_is_not_the_default_stands_in_the_title(sweep):
+    target, ran = sweep
+    assert target("table3", "--seeds", 0, "--rates", "1e-2", "--valid", 0.2, "--min-count", 2, "--encoder", "tiny") == 0
+    title = "# Table 3, shop, seeds 0, rates 1e-2, valid 0.2, min count 2, encoder tiny\n"
+    assert Path("results/shop/table3.md").read_text().startswith(title)
+    assert target("table1", "--min-count", 2) == 0
+    assert Path("results/shop/table1.md").read_text().startswith("# Table 1, min count 2\n")
+
+
+def test_sweep_goes_on_where_the_data_has_moved(sweep, tmp_path):
+    target, ran = sweep
+    assert target("table3", "--seeds", 0, "--rates", "1e-2") == 0
+    for path in Path("results/shop/cells").glob("*.json"):
+        path.unlink()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "shop").rename(tmp_path / "elsewhere/shop")
+    ran.clear()
+    assert run(reproduce.main, "table3", "--seeds", 0, "--rates", "1e-2", "--data", "elsewhere/shop") == 0
+    assert ran and all(c[0] == "finetune.py" for c in ran)
 
 
 def test_the_papers_figure_stands_in_its_own_row(sweep, tmp_path):
