@@ -33,6 +33,8 @@ import finetune
 import metrics
 from mmcpr import CoInteractionGraph, Propagate, sparse_product, sparse_tensor
 
+HEADS = {"gptgnn": 4, "graphbert": 2, "pmgt": 2}  # of attention, where a method has it
+
 
 # --- What several methods share -------------------------------------------------------------------------------------
 
@@ -212,7 +214,7 @@ class GPTGNN(Items):
     heads; Adam without cycle, decay or clipping. Both losses see directions alone, so unit rows are handed over.
     """
 
-    def __init__(self, train, x, dim, batch, layers=3, heads=4, cap=16, fan=4, dropout=0.2, queue=256):
+    def __init__(self, train, x, dim, batch, layers=3, heads=HEADS["gptgnn"], cap=16, fan=4, dropout=0.2, queue=256):
         super().__init__(len(x), batch)
         A = item_graph(train, cap)
         self.A = A.maximum(A.T).tocsr()                                                   # undirected again
@@ -320,7 +322,7 @@ class GraphBERT(Items):
     authors: the residual is there in pre-training too, dropout is 0.3 throughout, no weight decay.
     """
 
-    def __init__(self, train, x, known, dim, batch, k=7, layers=2, heads=2, dropout=0.3):
+    def __init__(self, train, x, known, dim, batch, k=7, layers=2, heads=HEADS["graphbert"], dropout=0.3):
         super().__init__(len(x), batch)
         self.x, self.known = x, known
         self.context, S = intimacy(train, k)                                              # [n, k]
@@ -430,7 +432,7 @@ class PMGT(Items):
     are the targets'; Adam without warm-up, decay or clipping. The paper's loss on cosines alone (the code stacks norms too).
     """
 
-    def __init__(self, train, views, dim, batch, layers=2, heads=2, beta=0.2, k=10, mask=0.2, cap=64):
+    def __init__(self, train, views, dim, batch, layers=2, heads=HEADS["pmgt"], beta=0.2, k=10, mask=0.2, cap=64):
         super().__init__(train.shape[1], batch)
         graph = item_graph(train, cap)
         self.graph, self.R = graph.maximum(graph.T).tocsr(), train.T.tocsr()
@@ -594,7 +596,9 @@ class GCNP(nn.Module):
 # --- Training, the same for all -------------------------------------------------------------------------------------
 
 def validate(user, item, parts):
-    """Recall@20 on validation; users that a method does not have are the means of their training items."""
+    """Recall@20 on validation, None without it; users that a method does not have are the means of their training items."""
+    if not parts.valid.nnz:
+        return None
     if user is None:
         degree = np.maximum(np.diff(parts.train.indptr), 1)[:, None]
         user = torch.from_numpy((parts.train @ item.numpy() / degree).astype(np.float32))
@@ -606,7 +610,7 @@ def pretrain(build, parts, lr, args):
     torch.manual_seed(args.seed)
     started, model = time.time(), build()
     optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
-    best, highest, history = None, -1, []
+    best, history = {"recall@20": -1.0}, []
     bar = tqdm(range(1, args.epochs + 1), desc=f"{args.method}, lr {lr:g}", unit="epoch")
     for epoch in bar:
         model.train()
@@ -624,11 +628,11 @@ def pretrain(build, parts, lr, args):
         model.eval()
         with torch.no_grad():
             user, item = model.embed()
-        recall = validate(user, item, parts) if parts.valid.nnz else None  # without validation the last epoch is kept
+        recall = validate(user, item, parts)
         point = {"epoch": epoch, "loss": float(np.mean(losses)), "recall@20": recall}
         history.append(point)
-        if recall is None or recall > highest:
-            best, highest, tables = point, recall, (user, item)
+        if recall is None or recall > best["recall@20"]:
+            best, tables = point, (user, item)  # without validation the last
         bar.set_postfix({name: f"{value:.4f}" for name, value in point.items() if name != "epoch" and value is not None})
         if epoch - best["epoch"] >= args.patience:
             break
@@ -683,7 +687,7 @@ def main(argv=None):
     args = arguments().parse_args(argv)
     if not all(0 < lr < np.inf for lr in args.lr):
         raise data.InputError("--lr must be above 0 and finite")
-    heads = {"gptgnn": 4, "graphbert": 2, "pmgt": 2}.get(args.method, 1)
+    heads = HEADS.get(args.method, 1)
     if args.dim % heads:
         raise data.InputError(f"--dim {args.dim}: {args.method} has {heads} attention heads; choose a multiple of that")
     data.check_outputs(args.out)
@@ -698,7 +702,7 @@ def main(argv=None):
     build = build_method(args, parts, features, encoded)
     if args.method in ("random", "clip"):
         user, item = build()
-        report = {"recall@20": validate(user, item, parts) if parts.valid.nnz else None, "trials": []}
+        report = {"recall@20": validate(user, item, parts), "trials": []}
     else:
         if len(args.lr) > 1 and not parts.valid.nnz:
             raise data.InputError("without validation nothing chooses among several learning rates; pass one: --lr 1e-3")

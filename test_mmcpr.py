@@ -2401,45 +2401,38 @@ def test_rate_at_which_training_diverges_is_not_chosen(sweep, capsys, monkeypatc
     assert target("table3", "--seeds", 1, "--rates", "1e-3") == 2 and "not finite" in capsys.readouterr().err
 
 
-def test_sweep_that_is_killed_starts_nothing_more(tmp_path, monkeypatch):
-    """Two cells want the same tables: the one that waits for the other's does not pre-train in its place."""
-    (tmp_path / "mmcpr.py").write_text("import os, pathlib, signal, sys, time\nsignal.signal(signal.SIGTERM, lambda *_: sys.exit(2))\n"
-                                       "pathlib.Path(f'started{os.getpid()}').touch()\ntime.sleep(20)\n")
+@pytest.fixture
+def killed(tmp_path, monkeypatch):
+    """(script of mmcpr.py, cells): a sweep of two jobs over the cells that gets SIGTERM once the script has made a file `started`."""
     monkeypatch.setattr(reproduce, "HERE", tmp_path)
 
     def kill():
         while not list(tmp_path.glob("cells/started*")):
             time.sleep(0.01)
-        time.sleep(0.2)
+        time.sleep(0.2)  # a cell that waits for the other's tables is there by now
         os.kill(os.getpid(), signal.SIGTERM)
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
+
+    def sweep(script, wanted):
+        (tmp_path / "mmcpr.py").write_text("import os, pathlib, signal, sys, time\n" + script)
         threading.Thread(target=kill).start()
         with pytest.raises(KeyboardInterrupt):
-            reproduce.Cells((), (), "abc", tmp_path, 2).all([(("mmcpr.py",), scale, 0) for scale in reproduce.SCALES], "cells")
-    finally:
-        signal.signal(signal.SIGTERM, before)
+            reproduce.Cells((), (), "abc", tmp_path, 2).all(wanted, "cells")
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    yield sweep
+    signal.signal(signal.SIGTERM, before)
+
+
+def test_sweep_that_is_killed_starts_nothing_more(killed, tmp_path):
+    """Two cells want the same tables: the one that waits for the other's does not pre-train in its place."""
+    killed("signal.signal(signal.SIGTERM, lambda *_: sys.exit(2))\npathlib.Path(f'started{os.getpid()}').touch()\ntime.sleep(20)\n",
+           [(("mmcpr.py",), scale, 0) for scale in reproduce.SCALES])
     assert len(list(tmp_path.glob("cells/started*"))) == 1
 
 
-def test_sweep_that_is_killed_takes_its_runs_along(tmp_path, monkeypatch):
+def test_sweep_that_is_killed_takes_its_runs_along(killed, tmp_path):
     """SIGTERM is passed on to the script that is running, which saves a checkpoint, and waits for it."""
-    (tmp_path / "mmcpr.py").write_text("import pathlib, signal, sys, time\n"
-                                       "def stop(*_):\n    time.sleep(0.2)\n    pathlib.Path('saved').touch()\n    sys.exit(2)\n"
-                                       "signal.signal(signal.SIGTERM, stop)\npathlib.Path('started').touch()\ntime.sleep(60)\n")
-    monkeypatch.setattr(reproduce, "HERE", tmp_path)
-
-    def kill():
-        while not (tmp_path / "cells/started").exists():
-            time.sleep(0.01)
-        os.kill(os.getpid(), signal.SIGTERM)
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        threading.Thread(target=kill).start()
-        with pytest.raises(KeyboardInterrupt):
-            reproduce.Cells((), (), "abc", tmp_path, 1).all([(("mmcpr.py",), (), 0)], "cells")
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    killed("def stop(*_):\n    time.sleep(0.2)\n    pathlib.Path('saved').touch()\n    sys.exit(2)\n"
+           "signal.signal(signal.SIGTERM, stop)\npathlib.Path('started').touch()\ntime.sleep(60)\n", [(("mmcpr.py",), (), 0)])
     assert (tmp_path / "cells/saved").exists()
 
 
