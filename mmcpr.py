@@ -616,7 +616,7 @@ def arguments():
     parser.add_argument("--norm", choices=("row", "sym"), default="row", help="Eq. 1's normalisation")
     parser.add_argument("--layers", type=data.non_negative, default=2, help="LightGCN layers of the graph encoder")
     parser.add_argument("--dim", type=data.positive, default=64, help="width d of the common space")
-    parser.add_argument("--lr", type=float, default=1e-3, help="Adam's learning rate")
+    parser.add_argument("--lr", type=float, default=1e-2, help="Adam's learning rate")
     parser.add_argument("--weight-decay", type=float, default=0.75, help="Adam's is this times (1 - lam) / users, "
                         "on all that is trained")
     parser.add_argument("--batch", type=data.positive, default=2048, help="users in a block, items in CIMA's N x N")
