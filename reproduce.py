@@ -340,13 +340,13 @@ def plot(path, panels, xlabel=""):
     for axis, (title, curves) in zip(axes[0], panels.items()):
         for label, (x, values) in curves.items():
             mean, deviation = [np.mean(v) for v in values], [np.std(v, ddof=1) if len(v) > 1 else 0 for v in values]
+            bars = {"yerr": deviation, "capsize": 3} if any(deviation) else {}
             if isinstance(x[0], str) and len(curves) == 1:
-                axis.bar(x, mean, yerr=deviation, capsize=3)
+                axis.bar(x, mean, **bars)
                 axis.set_ylim(0.9 * min(mean))  # as the paper cuts its bars
             elif isinstance(x[0], str):  # of every seed: they may fall on either side of a mean
                 axis.plot(np.repeat(x, [len(v) for v in values]), np.concatenate(values), "o", label=label, color=f"C{'RTVG'.index(label)}")
             else:
-                bars = {"yerr": deviation, "capsize": 3} if any(deviation) else {}
                 axis.errorbar(x, mean, marker="o" if len(x) < 20 else "", label=label, **bars)
         axis.set(title=title, xlabel=xlabel)
         axis.grid(alpha=0.3)
