@@ -2528,6 +2528,9 @@ def test_tables_of_interactions_alone(sweep, tmp_path):
     assert all(f"| {name} |" in table2 for name in ("Random", "GCN-P", "MMCPR")) and "PMGT" not in table2
     assert "λ" not in Path("results/shop/table3.md").read_text() and "CIMA" not in Path("results/shop/scale.md").read_text()
     assert not Path("results/shop/fig4.md").exists()  # CIMA has nothing to align
+    ran.clear()
+    assert target("fig3", "--seeds", 0) == 0
+    assert not ran and "| G |" in Path("results/shop/fig3.md").read_text()  # the graphs are all there is: the cells of Table 2
 
 
 def test_what_is_not_the_default_stands_in_the_title(sweep):
