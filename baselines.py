@@ -500,8 +500,7 @@ class PMGT(Items):
 class CosineGraph:
     """H -> (D^-1 S + I) H with S all pairs' cosines, S H = F (F^T H) without S; F [n, d] has unit rows (0: no features).
 
-    D is held at 1 or above, what an item alone has, lest negative cosines cancel it. As S and I are symmetric,
-    the gradient is S D^-1 g + g.
+    D is held at 1 or above, what an item alone has, lest negative cosines cancel it.
     """
 
     def __init__(self, x):
@@ -691,8 +690,8 @@ def main(argv=None):
     if args.dim % heads:
         raise data.InputError(f"--dim {args.dim}: {args.method} has {heads} attention heads; choose a multiple of that")
     data.check_outputs(args.out)
-    dataset, parts, source = data.open_data(args, modalities=args.modalities + "R")
     wanted = {"random": "", "gcnp": args.modalities + "R"}.get(args.method, args.modalities)
+    dataset, parts, source = data.open_data(args, modalities=wanted)
     features = data.features(dataset, wanted, args.encoder, Path(source["data_dir"]), (args.clip_model, args.clip_weights))
     if "R" in features:
         features["R"] = data.pool_reviews(features["R"], dataset.users, dataset.n_users, parts.in_train)
@@ -700,33 +699,41 @@ def main(argv=None):
     name = args.method if args.method != "clip" or encoded else "text+image"
     torch.manual_seed(args.seed)
     build = build_method(args, parts, features, encoded)
+    trials = []  # (user or None, item, report)
+
+    def write():
+        """The best trial so far, after each: what one learning rate found is not lost with the next. Returns its report."""
+        user, item, report = max(trials, key=lambda trial: trial[2]["recall@20"] or 0)
+        rms = lambda x: x.square().mean().sqrt().item()
+        report = report | {"rms": {"item": rms(item)} | ({} if user is None else {"user": rms(user)}),
+                           "trials": [{k: v for k, v in found.items() if k != "history"} for _, _, found in trials if "lr" in found]}
+        meta = {"method": name, "data": source, "options": data.run_options(args, "out"), "report": report}
+        data.save_embeddings(args.out, dataset, parts, None if user is None else user.numpy(), item.numpy(), meta)
+        return report
+
     if args.method in ("random", "clip"):
         user, item = build()
-        report = {"recall@20": validate(user, item, parts), "trials": []}
+        trials.append((user, item, {"recall@20": validate(user, item, parts)}))
+        report = write()
     else:
         if len(args.lr) > 1 and not parts.valid.nnz:
             raise data.InputError("without validation nothing chooses among several learning rates; pass one: --lr 1e-3")
-        trials, diverged = [], []
+        diverged = []
         for lr in args.lr:
             try:
                 trials.append(pretrain(build, parts, lr, args))
-            except data.InputError as error:  # what the other rates found is not lost
+            except data.InputError as error:
                 diverged.append(error)
                 print(f"lr {lr:g}: {error}", flush=True)
+                continue
+            report, trial = write(), trials[-1][2]
+            recall = "" if trial["recall@20"] is None else f", validation Recall@20 {trial['recall@20']:.4f}"
+            print(f"lr {lr:g}: loss {trial['loss']:.4f}{recall} at epoch {trial['epoch']} of {trial['epochs_run']}, "
+                  f"{trial['seconds']:.0f} s", flush=True)
         if not trials:
             raise diverged[-1]
-        user, item, report = max(trials, key=lambda trial: trial[2]["recall@20"] or 0)
-        report["trials"] = [{k: v for k, v in trial[2].items() if k not in ("history", "trials")} for trial in trials]
-    rms = lambda x: x.square().mean().sqrt().item()
-    report["rms"] = {"item": rms(item)} | ({} if user is None else {"user": rms(user)})
-    meta = {"method": name, "data": source, "options": data.run_options(args, "out"), "report": report}
-    data.save_embeddings(args.out, dataset, parts, None if user is None else user.numpy(), item.numpy(), meta)
-    for trial in report["trials"]:
-        recall = "" if trial["recall@20"] is None else f", validation Recall@20 {trial['recall@20']:.4f}"
-        print(f"lr {trial['lr']:g}: loss {trial['loss']:.4f}{recall} at epoch {trial['epoch']} of {trial['epochs_run']}, "
-              f"{trial['seconds']:.0f} s")
     print(f"{name}: RMS of the entries: " + ", ".join(f"{side} {value:.3f}" for side, value in report["rms"].items()) +
-          ("; no users" if user is None else ""))
+          ("" if "user" in report["rms"] else "; no users"))
     print(f"wrote {args.out}; next: python finetune.py --init {args.out}")
 
 

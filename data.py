@@ -952,7 +952,6 @@ def extract(dataset, what, contents, encoder, clip, data_dir, chunk=256):
             tqdm(total=len(contents), initial=done, desc=f"{encoder} {what}", unit="") as bar:
         file.write(head)
         file.seek(len(head) + done * row)
-        file.truncate()
         for start in range(done, len(contents), chunk):
             batch = contents[start:start + chunk]
             if what == "image":
@@ -965,7 +964,8 @@ def extract(dataset, what, contents, encoder, clip, data_dir, chunk=256):
             file.write(rows.astype("<f2").tobytes())
             file.flush()
             bar.update(len(batch))
-    os.replace(part, path)
+    with contextlib.suppress(FileNotFoundError):  # another run that encodes the same may have renamed it already
+        os.replace(part, path)
     return np.load(path, mmap_mode="r", allow_pickle=False)
 
 
@@ -975,7 +975,7 @@ def extract(dataset, what, contents, encoder, clip, data_dir, chunk=256):
 
 def replace_file(path, write, mode="wb"):
     """Writes a file through write(file) to a temporary name beside it and renames it: whole or not at all."""
-    path = Path(path)
+    path = Path(os.path.realpath(path))  # a link stays one
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, mode, **({} if "b" in mode else {"encoding": "utf-8", "newline": ""})) as file:
@@ -998,11 +998,11 @@ def check_outputs(*paths):
         except OSError as error:
             raise InputError(f"{path}: its folder cannot be made ({error.strerror}); choose another output path") from None
         try:
-            if os.path.isdir(path):
+            if os.path.exists(path) and not os.path.isfile(path):  # a folder; a device, which renaming would replace
                 raise OSError
-            tempfile.TemporaryFile(dir=Path(path).parent).close()
+            tempfile.TemporaryFile(dir=Path(os.path.realpath(path)).parent).close()
         except OSError:
-            raise InputError(f"{path}: is a folder, or lies in one that cannot be written; choose another output path") from None
+            raise InputError(f"{path}: is no file, or lies in a folder that cannot be written; choose another output path") from None
 
 
 def save_embeddings(path, dataset, parts, user, item, meta):
@@ -1111,6 +1111,12 @@ def open_data(args, known=None, modalities="RTVG", contents=True):
     return dataset, split_dataset(dataset, options["split_seed"], options["valid"]), options
 
 
+def data_flags(options):
+    """The options of open_data as a command line gives them, without those that are the default."""
+    default = {**DATA_DEFAULTS, "data_dir": os.path.abspath(DATA_DEFAULTS["data_dir"])}
+    return "".join(f" --{name.replace('_', '-')} {value}" for name, value in options.items() if value != default[name])
+
+
 def keep_freed_memory():
     """Tells glibc to keep what is freed: by default tables of this size go back to the system, which clears every page again
     at the next use, in every step. With another C library nothing happens."""
@@ -1125,9 +1131,13 @@ def cli(main, argv=None):
     keep_freed_memory()
     try:
         main(argv)
+        sys.stdout.flush()
         return 0
     except InputError as error:
         message = str(error)
+    except BrokenPipeError:  # whoever read the output, `| head`, has gone: nobody is there to be told
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except KeyboardInterrupt:
         message = "interrupted; what was cached or written stays; run the same command again"
     except OSError as error:
@@ -1152,7 +1162,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     dataset, parts, options = open_data(args)
     features(dataset, "TVR", args.encoder, Path(options["data_dir"]), (args.clip_model, args.clip_weights))
-    print(f"next: python mmcpr.py --data {args.data or 'demo'}")
+    print(f"next: python mmcpr.py{data_flags(options)}")
 
 
 if __name__ == "__main__":

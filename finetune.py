@@ -254,7 +254,7 @@ def finetune(parts, init, args, seed, device="cpu", checkpoint=None):
                     break
     except KeyboardInterrupt:
         if run["best"]["epoch"] < 0:
-            raise data.InputError("interrupted before the first validation; the same command with --resume goes on") from None
+            raise data.InputError(f"interrupted before the first validation; {checkpoint.remedy()}") from None
         interrupted = True
     bar.close()
     best = run["best"]
@@ -398,12 +398,11 @@ def work(args):
     if results[-1]["interrupted"]:
         wait_for_all()
         raise data.InputError(f"interrupted in seed {seed} at epoch {result['epochs_run']}; its best epoch so far, "
-                              f"{result['epoch']}, was tested; the same command with --resume goes on")
+                              f"{result['epoch']}, was tested; {checkpoint.remedy()}")
     checkpoint.remove()
     for path in filter(None, (args.metrics, args.out, args.recommend)):
         print(f"wrote {path}")
-    default = {**data.DATA_DEFAULTS, "data_dir": os.path.abspath(data.DATA_DEFAULTS["data_dir"])}
-    same = "".join(f" --{name.replace('_', '-')} {value}" for name, value in source.items() if value != default[name])
+    same = data.data_flags(source)
     print(f"next: python mmcpr.py{same}, then python finetune.py --init emb.npz" if args.init == "random" else
           f"next: python finetune.py --init random{same}, the start to compare with")
 

@@ -433,7 +433,7 @@ class Checkpoint:
         try:
             data.replace_file(self.path, lambda file: torch.save(state, file))
         except (OSError, RuntimeError) as error:  # torch's own for a full disk
-            print(f"{self.path}: not saved ({str(error).splitlines()[0]}); training goes on", file=sys.stderr)
+            print(f"{self.path}: not saved ({str(error).splitlines()[0]})", file=sys.stderr)
 
     def tick(self, run, model, optimizer):
         """After each step: saves where it is time or a signal came, and raises KeyboardInterrupt in the second case."""
@@ -444,6 +444,12 @@ class Checkpoint:
             self.save(run, model, optimizer)
         if asked:
             raise KeyboardInterrupt
+
+    def remedy(self):
+        """What to type after an interruption; a second Ctrl-C comes in mid-step, where nothing can be saved."""
+        if self.path and Path(self.path).exists():
+            return "the same command with --resume goes on"
+        return "there is no checkpoint yet; the same command starts anew"
 
     def remove(self):
         """At the end of a run that was not interrupted."""
@@ -538,7 +544,7 @@ def pretrain(parts, features, args, device="cpu", checkpoint=None):
                 break
     except KeyboardInterrupt:
         if run["kept"] is None:
-            raise data.InputError("interrupted before the first validation; the same command with --resume goes on") from None
+            raise data.InputError(f"interrupted before the first validation; {checkpoint.remedy()}") from None
         interrupted = True
     bar.close()
     model.load_state_dict(run["kept"])
@@ -652,7 +658,7 @@ def work(args):
     if report["interrupted"]:
         wait_for_all()
         raise data.InputError(f"interrupted at epoch {report['epochs_run']}; {args.out} holds epoch {report['epoch']}, the best "
-                              "so far; the same command with --resume goes on")
+                              f"so far; {checkpoint.remedy()}")
     checkpoint.remove()
     print(f"wrote {args.out}; next: python finetune.py --init {args.out}")
 

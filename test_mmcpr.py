@@ -716,10 +716,26 @@ def test_finished_seeds_are_not_lost_nor_claimed(interrupted, capsys):
     assert [(r["seed"], r["interrupted"]) for r in runs] == [(0, False), (1, False)]
 
 
+@pytest.mark.parametrize("main", [mmcpr.main, finetune.main])
+def test_resuming_is_promised_only_where_a_checkpoint_lies(interrupted, capsys, monkeypatch, main):
+    """A second Ctrl-C comes in mid-step and saves nothing."""
+    flags = ("--data", "shop", "--epochs", 2, "--eval-every", 1, "--out", "e.npz")
+    interrupted(main, *flags)
+    assert "the same command with --resume goes on" in capsys.readouterr().err
+    for path in Path().glob("*.ckpt"):
+        path.unlink()
+
+    def second(*_):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(mmcpr.Checkpoint, "tick", second)
+    assert run(main, *flags) == 2
+    assert "no checkpoint yet; the same command starts anew" in capsys.readouterr().err and not list(Path().glob("*.ckpt"))
+
+
 def test_checkpoint_that_cannot_be_written_does_not_end_the_run(trained, capsys, monkeypatch):
     monkeypatch.setattr(torch, "save", lambda *args: (_ for _ in ()).throw(RuntimeError("enforce fail: disk full")))
     assert run(mmcpr.main, "--data", "shop", *QUICK, "--checkpoint-every", 0) == 0
-    assert "not saved (enforce fail: disk full); training goes on" in capsys.readouterr().err
+    assert "not saved (enforce fail: disk full)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("module, options", [(mmcpr, ("--batch", "13")), (mmcpr, ("--lam", "1", "--cima", "bce")),
@@ -743,12 +759,39 @@ def test_two_processes_get_what_one_gets(trained, module, options):
 
 
 @pytest.mark.parametrize("main, flag", [(mmcpr.main, "--out"), (finetune.main, "--metrics"), (finetune.main, "--recommend")])
-@pytest.mark.parametrize("path", ["shop", "shop/items.csv/x"])
+@pytest.mark.parametrize("path", ["shop", "shop/items.csv/x", "pipe"])
 def test_outputs_are_checked_before_the_work(trained, capsys, monkeypatch, main, flag, path):
-    """A folder, or a path below a file: said at once, not after the training."""
+    """A folder, a path below a file, or what renaming would replace, like /dev/null: said at once, not after the training."""
     monkeypatch.setattr(data, "load", None)  # nothing may be loaded before
+    os.mkfifo("pipe")
     assert run(main, "--data", "shop", flag, path) == 2
     assert "choose another output path" in capsys.readouterr().err
+
+
+def test_link_stays_a_link(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "link").symlink_to("elsewhere/file")
+    data.replace_file(tmp_path / "link", lambda file: file.write(b"new"))
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "elsewhere/file").read_bytes() == b"new"
+
+
+def test_next_command_keeps_the_flags(trained, capsys):
+    """Of data.py and finetune.py; typed as printed it works on the same data and split."""
+    flags = ("--data", "shop", "--min-count", 2, "--valid", 0.2)
+    for main, more in ((data.main, ()), (finetune.main, ("--epochs", 1))):
+        assert run(main, *flags, *more) == 0
+        command = capsys.readouterr().out.splitlines()[-1].split("python mmcpr.py ")[1].split(",")[0]
+        assert command == f"--data {trained / 'shop'} --min-count 2 --valid 0.2"
+
+
+def test_output_that_nobody_reads(tmp_path):
+    """`python data.py | head -0`: no traceback."""
+    write_shop(tmp_path / "shop")
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, HERE / "data.py", "--data", "shop"], cwd=tmp_path, stdout=write, stderr=subprocess.PIPE, timeout=60)
+    os.close(write)
+    assert done.returncode == 1 and done.stderr == b""
 
 
 def test_data_that_has_none_of_the_modalities_asked_for(tmp_path, monkeypatch):
@@ -1378,6 +1421,22 @@ def test_interrupted_extraction_goes_on(tmp_path, monkeypatch, cut):
     np.testing.assert_array_equal(extract(tmp_path, TEXTS), whole)
     done = {0: 4, 7: 3, 100_000: 0}[cut]
     assert sum(calls, []) == [text for text in TEXTS[done:] if text] and not part.exists()
+
+
+def test_two_that_encode_the_same_at_once(tmp_path, monkeypatch):
+    """The second starts in the middle of the first and is done before it: both get the whole."""
+    whole, second = extract(tmp_path / "whole", TEXTS), []
+    text, calls = data.TinyEncoder.text, []
+
+    def beside(self, texts):
+        calls.append(texts)
+        if len(calls) == 2:
+            second.append(extract(tmp_path, TEXTS))
+        return text(self, texts)
+    monkeypatch.setattr(data.TinyEncoder, "text", beside)
+    np.testing.assert_array_equal(extract(tmp_path, TEXTS), whole)
+    np.testing.assert_array_equal(second[0], whole)
+    assert [path.suffix for path in tmp_path.glob("features/*")] == [".npy"]
 
 
 def test_interrupted_command_says_so_and_the_next_one_goes_on(tmp_path, capsys, monkeypatch):
@@ -2213,6 +2272,23 @@ def test_every_baseline_initialises_finetuning(trained, capsys, method):
         assert two["meta"]["report"]["lr"] == (0.01 if trials[1]["recall@20"] > trials[0]["recall@20"] else 1e-6)
     assert run(finetune.main, "--init", "b.npz", "--epochs", 1) == 0
     assert "test, init b.npz" in capsys.readouterr().out
+
+
+def test_rates_that_were_finished_outlive_an_interruption(trained, capsys, monkeypatch):
+    pretrain, rates = baselines.pretrain, []
+
+    def stop_at_the_third(build, parts, lr, args):
+        rates.append(lr)
+        if len(rates) == 3:
+            raise KeyboardInterrupt
+        return pretrain(build, parts, lr, args)
+    monkeypatch.setattr(baselines, "pretrain", stop_at_the_third)
+    assert run(baselines.main, "--method", "mmgcn", "--data", "shop", "--dim", 8, "--epochs", 2, "--eval-every", 1, "--out", "b.npz") == 2
+    report = data.load_embeddings("b.npz")["meta"]["report"]
+    assert [trial["lr"] for trial in report["trials"]] == rates[:2]
+    assert report["recall@20"] == max(trial["recall@20"] for trial in report["trials"])
+    out, err = capsys.readouterr()
+    assert "lr 0.001: loss" in out and "interrupted" in err
 
 
 def test_baseline_at_rates_that_diverge_and_without_validation(trained, capsys):
