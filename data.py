@@ -21,6 +21,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import sys
 import tempfile
@@ -214,14 +215,16 @@ def read_csv(path, required, optional=(), delimiter=",", skip=()):
         with open(path, encoding="utf-8-sig", newline="") as file:
             reader = csv.reader(file, delimiter=delimiter, strict=delimiter == ",",
                                 quoting=csv.QUOTE_MINIMAL if delimiter == "," else csv.QUOTE_NONE)
+            start = 1
             header = next(reader, None)
             if not header:
                 raise InputError(f"{path}: the file is empty; its first line must be the header {delimiter.join(required)}")
             for name in required:
                 if name not in header:
                     near = difflib.get_close_matches(name, header, 1, 0.5)
-                    raise InputError(f"{path}, row 1: no column '{name}'" + (f"; rename '{near[0]}'" if near else
-                                     f"; the columns are {', '.join(header)}"))
+                    remedy = "separate the columns by commas" if delimiter == "," and re.search("[;\t]", header[0]) else \
+                        f"rename '{near[0]}'" if near else f"the columns are {', '.join(header)}"
+                    raise InputError(f"{path}, row 1: no column '{name}'; {remedy}")
             if len(set(header)) < len(header):
                 raise InputError(f"{path}, row 1: a column name occurs twice in {', '.join(header)}; remove one")
             for name in (name for name in header if name not in known):
@@ -230,20 +233,21 @@ def read_csv(path, required, optional=(), delimiter=",", skip=()):
                     raise InputError(f"{path}, row 1: unknown column '{name}'; did you mean '{near[0]}'?")
             columns = {name: [] for name in header if name in known and name not in skip}
             take = [(columns[name].append, header.index(name)) for name in columns]
+            start = reader.line_num + 1  # of the row: a quote that is not closed is noticed at the end of the file
             for row in reader:
-                if len(row) != len(header):
-                    if not row:
-                        continue
-                    raise InputError(f"{path}, row {reader.line_num}: {len(row)} fields, the header has {len(header)}; "
+                if len(row) == len(header):
+                    for append, at in take:
+                        append(row[at])
+                elif row:
+                    raise InputError(f"{path}, row {start}: {len(row)} fields, the header has {len(header)}; "
                                      "quote a field that contains the separator")
-                for append, at in take:
-                    append(row[at])
+                start = reader.line_num + 1
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except UnicodeDecodeError:
         raise InputError(f"{path}, row {first_bad_line(path)}: not UTF-8; save the file as UTF-8") from None
     except csv.Error as error:
-        raise InputError(f"{path}, row {reader.line_num}: {error}; mend that row") from None
+        raise InputError(f"{path}, row {start}: {error}; mend that row: quotes closed, a quote inside a field doubled") from None
     for name in required:
         if name in columns and "" in columns[name]:
             raise InputError(f"{path}: data row {columns[name].index('') + 1} has no {name}; fill it in or remove the row")
@@ -1111,10 +1115,15 @@ def open_data(args, known=None, modalities="RTVG", contents=True):
     return dataset, split_dataset(dataset, options["split_seed"], options["valid"]), options
 
 
+def flags(options, default):
+    """The options that are not the default, as a command line gives them."""
+    words = lambda value: " ".join(shlex.quote(str(word)) for word in (value if isinstance(value, list) else [value]))
+    return "".join(f" --{name.replace('_', '-')} {words(value)}" for name, value in options.items() if value != default[name])
+
+
 def data_flags(options):
-    """The options of open_data as a command line gives them, without those that are the default."""
-    default = {**DATA_DEFAULTS, "data_dir": os.path.abspath(DATA_DEFAULTS["data_dir"])}
-    return "".join(f" --{name.replace('_', '-')} {value}" for name, value in options.items() if value != default[name])
+    """The same of the options of open_data."""
+    return flags(options, {**DATA_DEFAULTS, "data_dir": os.path.abspath(DATA_DEFAULTS["data_dir"])})
 
 
 def keep_freed_memory():
@@ -1162,7 +1171,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     dataset, parts, options = open_data(args)
     features(dataset, "TVR", args.encoder, Path(options["data_dir"]), (args.clip_model, args.clip_weights))
-    print(f"next: python mmcpr.py{data_flags(options)}")
+    made = {name: getattr(args, name) for name in ("encoder", "clip_model", "clip_weights")}
+    print(f"next: python mmcpr.py{data_flags(options)}{flags(made, vars(parser.parse_args([])))}")
 
 
 if __name__ == "__main__":

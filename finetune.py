@@ -288,7 +288,7 @@ def check_same_split(path, arrays, dataset, parts):
             not np.array_equal(arrays["user_ids"], dataset.user_ids):
         made = arrays["meta"].get("data", {})
         raise data.InputError(f"{path}: made from other training interactions ({', '.join(f'{k} {v}' for k, v in made.items())})"
-                              "; pass the same --data, --valid and --split-seed, or pre-train on this split")
+                              "; pass the same --data, --valid and --split-seed, or, where the data has changed since, pre-train again")
 
 
 def scale(text):
@@ -339,6 +339,8 @@ def print_results(results, init):
     if len(results) > 1:
         for label, f in (("mean", np.mean), ("± std", lambda x: np.std(x, ddof=1))):
             print(f"{label:<28}" + "".join(f"{f([r['test'][name] for r in results]):>11.4f}" for name in names))
+    if any(r["epoch"] == 0 < r["epochs_run"] for r in results):
+        print("epoch 0: on validation no training was better than the tables as given; try a lower --lr")
 
 
 def arguments():
@@ -377,6 +379,8 @@ def work(args):
         dataset, parts, source = data.open_data(args, known, contents=False)
     if arrays is not None:
         check_same_split(args.init, arrays, dataset, parts)
+        if arrays["meta"].get("report", {}).get("interrupted"):
+            print(f"{args.init}: of a pre-training that was interrupted")
     options = data.run_options(args, "init", "resume", "checkpoint_every", "metrics", "out", "recommend")
     tables = [arrays[side] for side in ("user", "item") if side in arrays] if arrays else []
     path = f"finetune.{digest(options, parts, tables)}.ckpt"
@@ -402,9 +406,11 @@ def work(args):
     checkpoint.remove()
     for path in filter(None, (args.metrics, args.out, args.recommend)):
         print(f"wrote {path}")
-    same = data.data_flags(source)
-    print(f"next: python mmcpr.py{same}, then python finetune.py --init emb.npz" if args.init == "random" else
-          f"next: python finetune.py --init random{same}, the start to compare with")
+    same = data.data_flags(source) + data.flags({"dim": args.dim}, {"dim": 64})
+    trained = {name: value for name, value in options.items() if name not in ("scale", "missing_side", "dim")}
+    trained = data.flags(trained, vars(arguments().parse_args([])))
+    print(f"next: python mmcpr.py{same}, then python finetune.py --init emb.npz{trained}" if args.init == "random" else
+          f"next: python finetune.py --init random{same}{trained}, the start to compare with")
 
 
 def main(argv=None):

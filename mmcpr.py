@@ -476,7 +476,7 @@ def pretrain(parts, features, args, device="cpu", checkpoint=None):
     for side, tower in (("user", model.users), ("item", model.items)):
         if tower.graph:
             print(f"{side} graph: {tower.graph.n_edges:,} entries, " + ("kept as it is" if tower.graph.R is None else
-                  f"of which a product touches {tower.graph.touched:,} by R(R'x) - Ex"))
+                  f"a product touches {tower.graph.touched:,}, by R(R'x) - Ex"))
     n_users = train.shape[0]
     batch = min(args.batch, n_users)
     paired = model.paired().to(device)
@@ -576,7 +576,10 @@ def print_report(report):
     """The numbers at the end of pre-training, one line each."""
     l1, l2 = report["losses"]["cima"], report["losses"]["bce"]
     print(f"epoch {report['epoch']} of {report['epochs_run']} in {report['seconds']:.0f} s: "
-          f"CIMA (L1/N) {l1:.4f}, BCE (L2 per positive) {l2:.4f} (popularity alone: {report['popularity_loss']:.4f})")
+          f"CIMA (L1/N) {f'{l1:.4f}' if l1 else 'left out'}, BCE (L2 per positive) {f'{l2:.4f}' if l2 else 'left out'} "
+          f"(popularity alone: {report['popularity_loss']:.4f})")
+    if l2 >= 0.98 * report["popularity_loss"]:
+        print("that is hardly better than popularity alone: give it more --epochs, or another --lr")
     for side, weights in report["attention"].items():
         print(f"mean attention where present, {side}s: " + (", ".join(f"{m} {w:.3f}" for m, w in weights.items()) or
               "none: this side has no modality, each node has a row of its own"))

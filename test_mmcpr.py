@@ -782,6 +782,26 @@ def test_next_command_keeps_the_flags(trained, capsys):
         assert run(main, *flags, *more) == 0
         command = capsys.readouterr().out.splitlines()[-1].split("python mmcpr.py ")[1].split(",")[0]
         assert command == f"--data {trained / 'shop'} --min-count 2 --valid 0.2"
+    (trained / "shop").rename(trained / "my shop")
+    assert run(data.main, "--data", "my shop", "--encoder", "tiny") == 0
+    assert f"python mmcpr.py --data '{trained / 'my shop'}' --encoder tiny\n" in capsys.readouterr().out
+    assert run(finetune.main, "--init", "emb.npz", "--data", "my shop", "--epochs", 2, "--seeds", 3, 4, "--scale", "xavier") == 0
+    assert f"--init random --data '{trained / 'my shop'}' --dim 8 --seeds 3 4 --epochs 2, the start" in capsys.readouterr().out
+
+
+def test_runs_that_went_wrong_say_so(trained, interrupted, capsys):
+    """A loss no better than popularity's, fine-tuning that only made it worse, tables of an interrupted pre-training."""
+    flags, hints = ("--data", "shop", "--dim", 8, "--eval-every", 1), ("hardly better than popularity", "try a lower --lr")
+    capsys.readouterr()
+    for main, more in ((mmcpr.main, ("--weight-decay", 0, "--lr", 0.1)), (finetune.main, ())):
+        assert run(main, *flags, "--epochs", 60, "--valid", 0, *more) == 0
+    out = capsys.readouterr().out
+    assert "seed 0, epoch 60 of 60" in out and not any(hint in out for hint in hints)
+    assert run(mmcpr.main, *flags, "--lr", 10, "--epochs", 3, "--out", "wild.npz") == 0 and hints[0] in capsys.readouterr().out
+    assert run(finetune.main, "--init", "wild.npz", "--lr", 1e-9, "--epochs", 2) == 0 and hints[1] in capsys.readouterr().out
+    interrupted(mmcpr.main, *flags, "--epochs", 9, "--out", "cut.npz", after=4)
+    assert run(finetune.main, "--init", "cut.npz", "--epochs", 1) == 0
+    assert "cut.npz: of a pre-training that was interrupted" in capsys.readouterr().out
 
 
 def test_output_that_nobody_reads(tmp_path):
@@ -1040,7 +1060,10 @@ def no_space(*args, **kwargs):
     ("interactions.csv", "user,item\nu,i0\nu,i1,more\n", "interactions.csv, row 3: 3 fields, the header has 2"),
     ("interactions.csv", "user,item\nu,i0\nu\n", "interactions.csv, row 3: 1 fields"),
     ("interactions.csv", b"user,item\nu,i0\nu,caf\xe9\nu,i1\n", "interactions.csv, row 3: not UTF-8; save"),
+    ("interactions.csv", "user;item\nu;i0\n", "row 1: no column 'user'; separate the columns by commas"),
     ("interactions.csv", 'user,item\nu,i0\nu,"i1" x\n', "interactions.csv, row 3: "),
+    ("interactions.csv", 'user,item\n"a\nb",i0\nu,"i1\nu,i2\nu,i3\n', "interactions.csv, row 4: unexpected end of data; mend that row"),
+    ("interactions.csv", '"user,item\nu,i0\n', "interactions.csv, row 1: unexpected end of data"),
     ("interactions.csv", "user,item\nu,i0\n,i1\n", "interactions.csv: data row 2 has no user; fill it in or remove"),
     ("interactions.csv", "user,item\nu,i0\nu,\n", "interactions.csv: data row 2 has no item"),
     ("items.csv", "item,text\ni0,x\n,y\n", "items.csv: data row 2 has no item"),
