@@ -995,7 +995,7 @@ def check_outputs(*paths):
     """InputError, before anything is computed, where an output (None: not asked for) could not be written at the end."""
     paths = [path for path in paths if path is not None]
     for path in paths:
-        if not path or [os.path.abspath(other) for other in paths].count(os.path.abspath(path)) > 1:
+        if not path or [os.path.realpath(other) for other in paths].count(os.path.realpath(path)) > 1:
             raise InputError(f"an output path is empty or given twice ('{path}'); choose another output path")
         try:
             Path(path).parent.mkdir(parents=True, exist_ok=True)

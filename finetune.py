@@ -420,7 +420,7 @@ def main(argv=None):
     if len(set(args.seeds)) < len(args.seeds):
         raise data.InputError("--seeds names a seed twice")
     for path in filter(None, (args.metrics, args.out, args.recommend)):
-        if os.path.abspath(path) == os.path.abspath(args.init):
+        if os.path.realpath(path) == os.path.realpath(args.init):
             raise data.InputError(f"{path}: would overwrite the tables it starts from; choose another output path")
     data.check_outputs(args.metrics, args.out, args.recommend)
     with processes(args.device):

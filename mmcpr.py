@@ -433,7 +433,8 @@ class Checkpoint:
         try:
             data.replace_file(self.path, lambda file: torch.save(state, file))
         except (OSError, RuntimeError) as error:  # torch's own for a full disk
-            print(f"{self.path}: not saved ({str(error).splitlines()[0]})", file=sys.stderr)
+            goes_on = "" if self.asked else "; training goes on"
+            print(f"{self.path}: not saved ({str(error).splitlines()[0]}){goes_on}", file=sys.stderr)
 
     def tick(self, run, model, optimizer):
         """After each step: saves where it is time or a signal came, and raises KeyboardInterrupt in the second case."""

@@ -735,7 +735,7 @@ def test_resuming_is_promised_only_where_a_checkpoint_lies(interrupted, capsys, 
 def test_checkpoint_that_cannot_be_written_does_not_end_the_run(trained, capsys, monkeypatch):
     monkeypatch.setattr(torch, "save", lambda *args: (_ for _ in ()).throw(RuntimeError("enforce fail: disk full")))
     assert run(mmcpr.main, "--data", "shop", *QUICK, "--checkpoint-every", 0) == 0
-    assert "not saved (enforce fail: disk full)" in capsys.readouterr().err
+    assert "not saved (enforce fail: disk full); training goes on" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("module, options", [(mmcpr, ("--batch", "13")), (mmcpr, ("--lam", "1", "--cima", "bce")),
@@ -773,6 +773,16 @@ def test_link_stays_a_link(tmp_path):
     (tmp_path / "link").symlink_to("elsewhere/file")
     data.replace_file(tmp_path / "link", lambda file: file.write(b"new"))
     assert (tmp_path / "link").is_symlink() and (tmp_path / "elsewhere/file").read_bytes() == b"new"
+
+
+def test_link_to_the_tables_it_starts_from_is_refused(trained, capsys):
+    """It would be written through; the same for two outputs that are one file."""
+    before = Path("emb.npz").read_bytes()
+    Path("link.npz").symlink_to("emb.npz")
+    assert run(finetune.main, "--init", "emb.npz", "--out", "link.npz", "--epochs", 1) == 2
+    assert "would overwrite the tables" in capsys.readouterr().err and Path("emb.npz").read_bytes() == before
+    assert run(finetune.main, "--out", "emb.npz", "--metrics", "link.npz") == 2
+    assert "given twice" in capsys.readouterr().err
 
 
 def test_next_command_keeps_the_flags(trained, capsys):
