@@ -1,10 +1,15 @@
-"""LightGCN (He et al., SIGIR 2020) trained with MixGCF (Huang et al., KDD 2021) from any initialiser, and the test metrics.
+"""LightGCN (He et al., SIGIR 2020) trained with MixGCF (Huang et al., KDD 2021), from any start.
 
-    python finetune.py --init emb.npz                   from pre-trained tables; data and split are read from emb.npz
+    python finetune.py --init emb.npz                   data and split are read from emb.npz
     python finetune.py --init random --data demo        the same from a random start
     python finetune.py --init emb.npz --seeds 0 1 2 --metrics out.json --recommend recs.csv
 
-Prints Recall and NDCG @20, 40, 60 on the test interactions, once, at the epoch that validation chose.
+Prints Recall and NDCG @20, 40, 60 on the test interactions, once, at the epoch that validation
+chose (Section 3.6 of the paper).
+
+    E0       [n_users + n_items, d]   all there is to train: users' rows, then items'
+    A        sparse                   D^-1/2 [[0, R], [R^T, 0]] D^-1/2
+    E^(l)    A^l E0                   layer l of LightGCN, l = 0, ..., L
 """
 import argparse
 import csv
@@ -14,7 +19,6 @@ import sys
 import time
 
 import numpy as np
-import scipy.sparse as sp
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -22,273 +26,310 @@ from tqdm import tqdm
 
 import data
 import metrics
-from mmcpr import (Checkpoint, add_checkpoint_arguments, device_name, digest, first, lightgcn, one_after_the_other, processes,
-                   sparse_product, sparse_tensor, sum_gradients, wait_for_all)
+import ops
+import run
 
 KS = (20, 40, 60)
 
+DEFAULTS = dict(
+    layers=3,         # MixGCF's authors: 3
+    candidates=64,    # paper: M = 64
+    lr=1e-3,          # MixGCF's authors: 1e-3
+    l2=1e-4,          # MixGCF's authors: 1e-4
+    batch=2048,       # paper: 2048, interactions in a step
+    epochs=1000,      # paper: 1000; at most
+    eval_every=5,     # MixGCF's authors: 5
+    patience=10,      # MixGCF's authors: 10, validations without a better
+    scale="asis",     # paper: not said; as they are
+)
 
-# --- LightGCN -------------------------------------------------------------------------------------------------------
+
+# --- LightGCN -----------------------------------------------------------------------------
 
 class LightGCN(nn.Module):
-    """E^(l+1) = D^-1/2 A D^-1/2 E^(l) on the bipartite graph A = [[0, R], [R^T, 0]]; score = mean_l e_u . mean_l e_i.
-
-    One table holds users, then items: E^(0) [n_users + n_items, d] is all there is to train.
-    """
+    """E^(l+1) = A E^(l); a score is mean_l e_u^(l) . mean_l e_i^(l)."""
 
     def __init__(self, train, user, item, n_layers=3):
-        """train: binary CSR [n_users, n_items]; user [n_users, d], item [n_items, d]: where E^(0) starts."""
+        """train: CSR [n_users, n_items]; user [n_users, d], item [n_items, d]: the start."""
         super().__init__()
         self.n_users, self.n_layers = len(user), n_layers
-        self.E0 = nn.Parameter(torch.cat([user, item]))                                   # [n_users + n_items, d]
-        A = sp.block_array([[None, train], [train.T, None]], format="csr")
-        A.sort_indices()
-        degree = np.asarray(A.sum(1)).ravel()
-        root = sp.diags_array(np.where(degree > 0, degree, np.inf) ** -0.5)
-        self.A = sparse_tensor((root @ A @ root).tocsr(), self.E0.device, self.E0.dtype)
+        self.E0 = nn.Parameter(torch.cat([user, item]))
+        A = ops.normalised_adjacency(train)
+        self.A = ops.sparse_tensor(A, self.E0.device, self.E0.dtype)
 
     @torch.no_grad()
     def layers(self):
-        """E^(0), ..., E^(L), each [n_users + n_items, d]; LayerRows gives them their gradient."""
-        return lightgcn(self.E0.detach(), lambda x: sparse_product(self.A, x), self.n_layers)
+        """E^(0), ..., E^(L), each [n_users + n_items, d]; ops.layer_rows gives their gradient."""
+        layers = [self.E0.detach()]
+        for _ in range(self.n_layers):
+            layers.append(ops.sparse_product(self.A, layers[-1]))
+        return layers
 
     def embed(self):
-        """(user [n_users, d], item [n_items, d]), the means over layers, whose products are the scores."""
+        """(user [n_users, d], item [n_items, d]): the mean over layers."""
         E = sum(self.layers()) / (self.n_layers + 1)
         return E[:self.n_users], E[self.n_users:]
 
 
-class LayerRows(torch.autograd.Function):
-    """E^(l)[rows[l]] for every layer l, as a function of E^(0).
+# --- MixGCF -------------------------------------------------------------------------------
 
-    E^(l) = P^l E^(0) and P is symmetric, so the gradient is G_0 + P (G_1 + P (G_2 + ...)), where G_l holds the gradients of
-    layer l's rows: one product a layer and one table, where autograd would fill and add a table for every layer.
+def mixgcf_loss(model, users, pos_items, candidates, alpha, l2=1e-4):
+    """BPR against one mixed negative, plus the l2 penalty of layer 0, summed over a batch.
+
+    users, pos_items int64 [B] and candidates int64 [B, M] are rows of E0; alpha [L+1, B] is
+    uniform in [0, 1). Gradients reach the positive and the candidates that were picked, not
+    the choice.
     """
-
-    @staticmethod
-    def forward(ctx, E0, layers, rows, P):
-        """E0 [n, d]; layers: what LightGCN.layers made of it; rows int64 [L+1, r]; P [n, n]. Returns [L+1, r, d]."""
-        ctx.rows, ctx.P, ctx.n = rows, P, len(E0)
-        return torch.stack([layer[r] for layer, r in zip(layers, rows)])
-
-    @staticmethod
-    def backward(ctx, g):
-        G = g.new_zeros(ctx.n, g.shape[2]).index_add_(0, ctx.rows[-1], g[-1])
-        for l in reversed(range(len(g) - 1)):
-            G = sparse_product(ctx.P, G).index_add_(0, ctx.rows[l], g[l])
-        return G, None, None, None
-
-
-# --- MixGCF ---------------------------------------------------------------------------------------------------------
-
-class NegativeSampler:
-    """Uniform items outside a user's training items: drawn, looked up among the sorted keys u n_items + i, redrawn on a hit."""
-
-    def __init__(self, train):
-        """train: CSR with sorted indices."""
-        at, column = metrics.entries(train, np.arange(train.shape[0]))
-        self.keys, self.n_items = torch.from_numpy(at * train.shape[1] + column), train.shape[1]
-        self.full = torch.from_numpy(np.diff(train.indptr) == train.shape[1])  # users with no negative: any item will do
-
-    def __call__(self, users, m):
-        """users int64 [B] -> items int64 [B, m]."""
-        users = users.repeat_interleave(m)
-        drawn = torch.randint(self.n_items, (len(users),))
-        todo = (~self.full[users]).nonzero()[:, 0]
-        while len(todo):
-            key = users[todo] * self.n_items + drawn[todo]
-            hit = self.keys[torch.searchsorted(self.keys, key).clamp_(max=len(self.keys) - 1)] == key
-            todo = todo[hit]
-            drawn[todo] = torch.randint(self.n_items, (len(todo),))
-        return drawn.view(-1, m)
-
-
-def candidate_scores(q, table, candidates):
-    """q . e at each candidate: q [B, d], table [n, d], candidates int64 [B, M] -> [B, M].
-
-    On a CPU one sampled product, q times the table's transpose at the candidates' places only: no [B, M, d] is gathered. It
-    takes no more places than there are entries, so a table of fewer than M rows is gathered from, as is any on a GPU.
-    """
-    B, M = candidates.shape
-    if q.is_cuda or len(table) < M:
-        return (table[candidates] @ q[:, :, None])[:, :, 0]
-    at = torch.arange(0, B * M + 1, M, dtype=torch.int32)
-    places = torch.sparse_csr_tensor(at, candidates.flatten().int(), q.new_zeros(B * M), (B, len(table)), check_invariants=False)
-    return torch.sparse.sampled_addmm(places, q, table.T, beta=0).values().view(B, M)
-
-
-def hop_mixing(layers, users, candidates):
-    """Per layer the candidate with the largest score q . e^(l), q the user's pooled vector: rows, int64 [L+1, B].
-
-    layers: L+1 tables [n, d]; users int64 [B] and candidates int64 [B, M] are rows of them. MixGCF takes the arg-max over
-    the *mixed* candidates alpha p + (1 - alpha) n; alpha is shared by the M candidates and 1 - alpha > 0, so that is the
-    arg-max over q . n, and nothing needs to be mixed but the winners.
-    """
-    q = torch.stack([layer[users] for layer in layers]).mean(0)                           # [B, d]
-    best = lambda layer: candidate_scores(q, layer, candidates).argmax(1, keepdim=True)
-    return torch.stack([candidates.gather(1, best(layer))[:, 0] for layer in layers])
-
-
-def mixgcf_loss(model, users, positives, candidates, alpha, l2=1e-4):
-    """BPR against one mixed negative plus l2 on layer 0, summed; users, positives [B], candidates [B, M] are rows of E0.
-
-    Positive mixing: per layer l, e'^(l) = alpha_l e_+^(l) + (1 - alpha_l) e_m^(l), alpha [L+1, B]; hop mixing picks m; the
-    negative is the mean over layers. Gradients reach the positive and the picked candidates, not the choice.
-    """
+    # The layers are computed without autograd: ops.layer_rows knows their gradient.
     layers = model.layers()
-    picked = hop_mixing(layers, users, candidates)                                        # [L+1, B]
-    rows = torch.cat([users.expand_as(picked), positives.expand_as(picked), picked], 1)   # [L+1, 3 B]
-    u, p, m = LayerRows.apply(model.E0, layers, rows, model.A).chunk(3, 1)                # [L+1, B, d] each
-    n = alpha[:, :, None] * p + (1 - alpha[:, :, None]) * m
-    score = lambda other: (u.mean(0) * other.mean(0)).sum(1)                              # [B]
-    return F.softplus(score(n) - score(p)).sum() + l2 / 2 * sum(x[0].square().sum() for x in (u, p, n))
+    # Hop mixing: each layer picks the candidate that is nearest to the user.
+    picked = ops.hard_negatives(layers, users, candidates)                            # [L+1, B]
+    rows = torch.cat([users.expand_as(picked), pos_items.expand_as(picked), picked], 1)
+    e = ops.layer_rows(model.E0, layers, rows, model.A)                         # [L+1, 3 B, d]
+    e_user, e_pos, e_picked = e.chunk(3, 1)                                        # [L+1, B, d]
+    # Positive mixing: the negative is a random step from the candidate towards the positive.
+    alpha = alpha[:, :, None]
+    e_neg = alpha * e_pos + (1 - alpha) * e_picked
+    return bpr_loss(e_user, e_pos, e_neg, l2)
 
 
-# --- Initial tables -------------------------------------------------------------------------------------------------
+def bpr_loss(e_user, e_pos, e_neg, l2):
+    """softplus(s_neg - s_pos) + l2 / 2 ||layer 0||^2, summed; each [L+1, B, d]."""
+    def score(e_item):
+        return (e_user.mean(0) * e_item.mean(0)).sum(1)                                    # [B]
 
-def initial_tables(init, train, dim, scale="asis", missing_side="random"):
-    """(user, item) float32 tensors to start from. init: {"user"?, "item"} arrays, or None for a random start.
+    ranking = F.softplus(score(e_neg) - score(e_pos)).sum()
+    penalty = sum(e[0].square().sum() for e in (e_user, e_pos, e_neg))
+    return ranking + l2 / 2 * penalty
 
-    A table that is not given is Xavier-uniform, or with missing_side "mean" (users only) the mean of the user's training
-    items. scale: "asis", "xavier" (each table brought to the RMS that Xavier would give it), or a number, that RMS.
+
+# --- Initial tables -----------------------------------------------------------------------
+
+def initial_tables(init, train, dim, scale="asis"):
+    """(user [n_users, d], item [n_items, d]) to start from, float32 tensors.
+
+    init: {"user": array, "item": array}, None for a random start; a table that it lacks is
+    Xavier-uniform. scale: "asis", "xavier" (each table brought to the root mean square that
+    Xavier would give it), or a number, that root mean square.
     """
-    init, tables = init or {}, {}
+    tables = []
     for side, n in (("user", train.shape[0]), ("item", train.shape[1])):
-        fresh = nn.init.xavier_uniform_(torch.empty(n, dim))
-        if side in init:
+        # Always drawn, so that the other table is the same whatever init has.
+        table = nn.init.xavier_uniform_(torch.empty(n, dim))
+        if init and side in init:
             table = torch.from_numpy(np.asarray(init[side], np.float32))
-        elif side == "user" and missing_side == "mean":
-            degree = np.diff(train.indptr)[:, None]
-            mean = torch.from_numpy((train @ init["item"] / np.maximum(degree, 1)).astype(np.float32))
-            table = torch.where(torch.from_numpy(degree > 0), mean, fresh)
-        else:
-            table = fresh
         if scale != "asis":
             rms = (2 / (n + dim)) ** 0.5 if scale == "xavier" else scale
             table = table * (rms / table.square().mean().sqrt().clamp(min=1e-12))
-        tables[side] = table
-    return tables["user"], tables["item"]
+        tables.append(table)
+    return tables
 
 
-# --- Training -------------------------------------------------------------------------------------------------------
-
-class Patience:
-    """Stops after `limit` evaluations in a row without a new best, counted from the lowest of the first `limit` ones.
-
-    From a random start the first is the lowest, and this is MixGCF's rule. A pre-trained start falls before it rises above
-    itself: counted from its own start it would be stopped on the way up.
-    """
-
-    def __init__(self, limit):
-        self.limit, self.seen, self.waited, self.lowest, self.highest = limit, 0, 0, np.inf, np.inf
-
-    def over(self, value):
-        self.seen += 1
-        if self.seen <= self.limit and value < self.lowest:
-            self.lowest, self.highest, self.waited = value, value, 0
-        elif value > self.highest:
-            self.highest, self.waited = value, 0
-        else:
-            self.waited += 1
-        return self.waited >= self.limit
-
+# --- Training -----------------------------------------------------------------------------
 
 def finetune(parts, init, args, seed, device="cpu", checkpoint=None):
-    """Trains LightGCN with MixGCF; returns (result dict, user, item) of the epoch with the best validation Recall@20.
+    """Trains LightGCN with MixGCF: (result dict, user, item) of the epoch validation chose.
 
-    Epoch 0, the tables as given, is evaluated too and can win. With --valid 0 the last of args.epochs is taken.
+    Epoch 0, the tables as given, is evaluated too and can win. Without validation the last of
+    args.epochs is taken.
     """
     torch.manual_seed(seed)
     started = time.time()
-    checkpoint = checkpoint or Checkpoint()
-    train = parts.train
-    user, item = initial_tables(init, train, args.dim, args.scale, args.missing_side)
+    checkpoint = checkpoint or run.Checkpoint()
+    train, has_valid = parts.train, parts.valid.nnz > 0
+    user, item = initial_tables(init, train, args.dim, args.scale)
+    n_users = len(user)
     model = LightGCN(train, user.to(device), item.to(device), args.layers)
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
-    users, items = (torch.from_numpy(x) for x in metrics.entries(train, np.arange(train.shape[0])))
-    sample = NegativeSampler(train)
-    patience, with_valid, mine = Patience(args.patience), parts.valid.nnz > 0, metrics.share()
-    # All that changes in training, patience included
-    run = {"epoch": 0, "step": 0, "order": None, "total": torch.zeros((), device=device), "history": [], "seconds": 0.0,
-           "best": {"epoch": -1, "value": -np.inf, "tables": None}, "patience": vars(patience)}
-    run = checkpoint.restore(run, model, optimizer)
-    vars(patience).update(run["patience"])
-    run["patience"] = vars(patience)
-    started -= run["seconds"]
+    sample_negatives = ops.NegativeSampler(train)
+    pairs = train.tocoo()
+    pair_user = torch.from_numpy(pairs.row).long()                                       # [nnz]
+    pair_item = torch.from_numpy(pairs.col).long()
+
+    progress = checkpoint.restore(model, optimizer) or {
+        "epoch": -1, "history": [], "best": None, "seconds": 0.0}
+    started -= progress["seconds"]  # of the run that was interrupted
     interrupted = False
-    bar = tqdm(range(run["epoch"], args.epochs + 1), desc=f"fine-tuning, seed {seed}", unit="epoch", initial=run["epoch"],
-               total=args.epochs + 1, disable=not first())
+    share = run.my_share()
+    epochs = range(progress["epoch"] + 1, args.epochs + 1)
+    bar = tqdm(epochs, desc=f"fine-tuning, seed {seed}", unit="epoch", initial=epochs.start,
+               total=args.epochs + 1, disable=not run.is_main_process())
     try:
         for epoch in bar:
-            if run["order"] is None:
-                run |= {"epoch": epoch, "step": 0, "total": torch.zeros((), device=device),
-                        "order": torch.randperm(len(users)) if epoch else torch.empty(0, dtype=torch.int64)}
-            for rows in run["order"].split(args.batch)[run["step"]:] if epoch else ():  # the last, partial one too
-                u, i = users[rows], items[rows]
-                candidates = sample(u, args.candidates)                                   # [B, M]
-                alpha = torch.rand(args.layers + 1, len(rows))
-                u, i, candidates, alpha = (x.to(device) for x in (u[mine], i[mine] + len(user), candidates[mine] + len(user),
-                                                                  alpha[:, mine]))
-                loss = mixgcf_loss(model, u, i, candidates, alpha, args.l2) / len(rows)
+            values = [point["recall@20"] for point in progress["history"]]
+            if has_valid and out_of_patience(values, args.patience):
+                break
+            loss_sum = torch.zeros((), device=device)
+            # Epoch 0 trains nothing: it is the tables as given. The last batch may be smaller.
+            batches = torch.randperm(len(pair_user)).split(args.batch) if epoch > 0 else ()
+            for batch in batches:
+                users, pos_items = pair_user[batch], pair_item[batch]                      # [B]
+                candidates = sample_negatives(users, args.candidates)                   # [B, M]
+                alpha = torch.rand(args.layers + 1, len(batch))
+                # Items' rows of E0 come after the users'.
+                loss = mixgcf_loss(model, users[share].to(device),
+                                   (pos_items[share] + n_users).to(device),
+                                   (candidates[share] + n_users).to(device),
+                                   alpha[:, share].to(device), args.l2) / len(batch)
                 optimizer.zero_grad()
                 loss.backward()
-                sum_gradients(model)
+                run.sum_gradients(model)  # of several processes, under torchrun
                 optimizer.step()
-                run |= {"total": run["total"] + metrics.all_sum(loss.detach()) * len(rows), "step": run["step"] + 1,
-                        "seconds": time.time() - started}
-                checkpoint.tick(run, model, optimizer)
-            run["order"], total = None, run["total"]
-            if epoch and not torch.isfinite(total):
-                raise data.InputError(f"the loss is not finite at epoch {epoch}; lower --lr (now {args.lr}) or --scale")
-            if epoch % args.eval_every and epoch < args.epochs:
-                continue
-            value, tables = epoch, model.embed()
-            if with_valid:
-                value = metrics.evaluate(*tables, train, parts.valid, KS[:1])["recall@20"]
-                run["history"].append({"epoch": epoch, "recall@20": value, "loss": total.item() / len(users) if epoch else None})
-            if value > run["best"]["value"]:
-                run["best"] = {"epoch": epoch, "value": value, "tables": tables}
-            if with_valid:
-                bar.set_postfix({"loss": f"{total.item() / len(users):.4f}", "valid recall@20": f"{value:.4f}"})
-                if patience.over(value):
-                    break
+                loss_sum += run.all_sum(loss.detach()) * len(batch)
+
+            if not torch.isfinite(loss_sum):
+                raise run.InputError(f"the loss is not finite at epoch {epoch}; "
+                                     f"lower --lr (now {args.lr}) or --scale")
+            if epoch % args.eval_every == 0 or epoch == args.epochs:
+                value, tables = epoch, model.embed()
+                mean_loss = loss_sum.item() / len(pair_user)
+                if has_valid:
+                    value = metrics.evaluate(*tables, train, parts.valid, KS[:1])["recall@20"]
+                    progress["history"].append({"epoch": epoch, "recall@20": value,
+                                                "loss": mean_loss if epoch else None})
+                # The epoch is chosen on validation. Test is ranked once, at the very end.
+                if progress["best"] is None or value > progress["best"]["value"]:
+                    progress["best"] = {"epoch": epoch, "value": value, "tables": tables}
+                if has_valid:
+                    bar.set_postfix({"loss": f"{mean_loss:.4f}",
+                                     "valid recall@20": f"{value:.4f}"})
+            progress["epoch"], progress["seconds"] = epoch, time.time() - started
+            checkpoint.update(model, optimizer, progress)
     except KeyboardInterrupt:
-        if run["best"]["epoch"] < 0:
-            raise data.InputError(f"interrupted before the first validation; {checkpoint.remedy()}") from None
+        checkpoint.write()
+        if progress["best"] is None:
+            raise run.InputError("interrupted before the first validation; "
+                                 f"{checkpoint.remedy()}") from None
         interrupted = True
     bar.close()
-    best = run["best"]
-    user, item = (table.to(device) for table in best["tables"])
+
+    best = progress["best"]
+    user, item = best["tables"]
+    user, item = user.to(device), item.to(device)  # a checkpoint's are on the CPU
     if not torch.isfinite(user.square().sum() + item.square().sum()):
-        raise data.InputError(f"the tables are not finite at epoch {best['epoch']}; lower --lr (now {args.lr}) or --scale")
-    result = {"seed": seed, "epoch": best["epoch"], "epochs_run": epoch, "seconds": round(time.time() - started, 1),
-              "interrupted": interrupted,
-              "valid": metrics.evaluate(user, item, train, parts.valid, KS) if with_valid else {},
-              "test": metrics.evaluate(user, item, (train + parts.valid).tocsr(), parts.test, KS), "history": run["history"]}
+        raise run.InputError(f"the tables are not finite at epoch {best['epoch']}; "
+                             f"lower --lr (now {args.lr}) or --scale")
+    # At test the candidates leave out validation items too: they are known by then.
+    valid = metrics.evaluate(user, item, train, parts.valid, KS) if has_valid else {}
+    seen = (train + parts.valid).tocsr()
+    result = {"seed": seed, "epoch": best["epoch"], "epochs_run": progress["epoch"],
+              "seconds": round(time.time() - started, 1), "interrupted": interrupted,
+              "valid": valid, "test": metrics.evaluate(user, item, seen, parts.test, KS),
+              "history": progress["history"]}
     return result, user, item
 
 
-# --- The command line -----------------------------------------------------------------------------------------------
+def out_of_patience(values, patience):
+    """Whether `patience` validations in a row, the last of `values`, brought no new best.
 
-def read_init(path, args):
-    """(arrays or None, known data options) of --init."""
-    if path == "random":
+    Counted from the lowest of the first `patience` ones. From a random start the first is the
+    lowest, and this is MixGCF's rule; a pre-trained start falls before it rises above itself,
+    and would be stopped on its way up.
+    """
+    waited, lowest, highest = 0, np.inf, np.inf
+    for count, value in enumerate(values, 1):
+        if count <= patience and value < lowest:
+            lowest, highest, waited = value, value, 0
+        elif value > highest:
+            highest, waited = value, 0
+        else:
+            waited += 1
+    return waited >= patience
+
+
+# --- What is written and printed ----------------------------------------------------------
+
+def recommend(path, user, item, dataset, parts, k=20):
+    """recs.csv: each user's top k with ranks and scores, without training and validation items."""
+    seen = (parts.train + parts.valid).tocsr()
+
+    def write(file):
+        writer = csv.writer(file)
+        writer.writerow(("user", "rank", "item", "score"))
+        for users, scores, items in metrics.rank(user, item, seen, k):
+            for u, user_scores, user_items in zip(users, scores.tolist(), items.tolist()):
+                for place, (score, i) in enumerate(zip(user_scores, user_items), 1):
+                    if score > -np.inf:
+                        writer.writerow((dataset.user_ids[u], place, dataset.item_ids[i],
+                                         f"{score:.6g}"))
+    run.write_file(path, write, "w")
+
+
+def summarise(results, args, data_options):
+    """What --metrics writes: one seed's result as it is, of several all and their spread."""
+    if len(args.seeds) == 1:
+        return results[0]
+    mean, std = {}, {}
+    for name in results[0]["test"]:
+        values = [result["test"][name] for result in results]
+        mean[name] = float(np.mean(values))
+        std[name] = float(np.std(values, ddof=1)) if len(results) > 1 else None
+    return {"data": data_options["data"], "init": args.init, "scale": args.scale,
+            "runs": results, "mean": mean, "std": std}
+
+
+def write_outputs(args, results, user, item, dataset, parts, data_options):
+    """What was asked for, after every seed; tables and recommendations are the first seed's."""
+    if args.metrics:
+        summary = summarise(results, args, data_options)
+        run.write_file(args.metrics, lambda file: json.dump(summary, file, indent=1), "w")
+    if args.out and len(results) == 1:
+        meta = {"method": "LightGCN + MixGCF", "data": data_options, "init": args.init,
+                "scale": args.scale, "seed": args.seeds[0]}
+        data.save_embeddings(args.out, dataset, parts, user.cpu().numpy(), item.cpu().numpy(),
+                             meta)
+    if args.recommend and len(results) == 1:
+        recommend(args.recommend, user, item, dataset, parts)
+
+
+def print_results(results, init):
+    """The test metrics as a table, with mean and standard deviation (n - 1) of several seeds."""
+    names = [f"{name}@{k}" for name in ("recall", "ndcg") for k in KS]
+
+    def print_row(label, values):
+        print(f"{label:<28}" + "".join(f"{value:>11}" for value in values))
+
+    print_row(f"test, init {init}", names)
+    table = np.array([[result["test"][name] for name in names] for result in results])
+    for result, values in zip(results, table):
+        label = f"seed {result['seed']}, epoch {result['epoch']} of {result['epochs_run']}"
+        print_row(label, [f"{value:.4f}" for value in values])
+    if len(results) > 1:
+        print_row("mean", [f"{value:.4f}" for value in table.mean(0)])
+        print_row("± std", [f"{value:.4f}" for value in table.std(0, ddof=1)])
+    if any(result["epoch"] == 0 < result["epochs_run"] for result in results):
+        print("epoch 0: on validation no training was better than the tables as given; "
+              "try a lower --lr")
+
+
+# --- The command line ---------------------------------------------------------------------
+
+def read_init(args):
+    """(the arrays of --init, the options of the data they were made from); None, None: random."""
+    if args.init == "random":
+        args.dim = args.dim or 64
         return None, None
-    arrays = data.load_embeddings(path)
+    arrays = data.load_embeddings(args.init)
     width = arrays["item"].shape[1]
     if args.dim not in (None, width):
-        raise data.InputError(f"{path}: its tables are {width} wide, not --dim {args.dim}; leave --dim out")
+        raise run.InputError(f"{args.init}: its tables are {width} wide, not --dim {args.dim}; "
+                             "leave --dim out")
     args.dim = width
+    if arrays["meta"].get("report", {}).get("interrupted"):
+        print(f"{args.init}: of a pre-training that was interrupted")
     return arrays, arrays["meta"].get("data")
 
 
 def check_same_split(path, arrays, dataset, parts):
-    """InputError where the embeddings were made from other training interactions than the ones to fine-tune on."""
-    if arrays["fingerprint"] != parts.fingerprint or not np.array_equal(arrays["item_ids"], dataset.item_ids) or \
-            not np.array_equal(arrays["user_ids"], dataset.user_ids):
-        made = arrays["meta"].get("data", {})
-        raise data.InputError(f"{path}: made from other training interactions ({', '.join(f'{k} {v}' for k, v in made.items())})"
-                              "; pass the same --data, --valid and --split-seed, or, where the data has changed since, pre-train again")
+    """InputError where the embeddings were made from other training interactions than these."""
+    same = (arrays["fingerprint"] == parts.fingerprint
+            and np.array_equal(arrays["item_ids"], dataset.item_ids)
+            and np.array_equal(arrays["user_ids"], dataset.user_ids))
+    if not same:
+        made = ", ".join(f"{k} {v}" for k, v in arrays["meta"].get("data", {}).items())
+        raise run.InputError(
+            f"{path}: made from other training interactions ({made}); pass the same --data, "
+            "--valid and --split-seed, or, where the data has changed since, pre-train again")
 
 
 def scale(text):
@@ -301,131 +342,103 @@ def scale(text):
     return value
 
 
-def recommend(path, user, item, dataset, parts, k=20):
-    """recs.csv: each user's top k with ids, ranks and scores, as the test ranked them: without training and validation items."""
-    def write(file):
-        writer = csv.writer(file)
-        writer.writerow(("user", "rank", "item", "score"))
-        for rows, scores, items in metrics.rank(user, item, (parts.train + parts.valid).tocsr(), k):
-            for row, best, which in zip(rows, scores.tolist(), items.tolist()):
-                writer.writerows((dataset.user_ids[row], place, dataset.item_ids[i], f"{s:.6g}")
-                                 for place, (s, i) in enumerate(zip(best, which), 1) if s > -np.inf)
-    data.replace_file(path, write, "w")
-
-
-def write_outputs(args, results, user, item, dataset, parts, source):
-    """What was asked for, after every seed: nothing is lost if the next is interrupted. Tables and lists are the first seed's."""
-    if args.metrics:
-        summary = results[0] if len(args.seeds) == 1 else {
-            "data": source["data"], "init": args.init, "scale": args.scale, "runs": results,
-            "mean": {name: float(np.mean([r["test"][name] for r in results])) for name in results[0]["test"]},
-            "std": {name: float(np.std([r["test"][name] for r in results], ddof=1)) if len(results) > 1 else None
-                    for name in results[0]["test"]}}
-        data.replace_file(args.metrics, lambda file: json.dump(summary, file, indent=1), "w")
-    if args.out and len(results) == 1:
-        meta = {"method": "LightGCN + MixGCF", "data": source, "init": args.init, "scale": args.scale, "seed": args.seeds[0]}
-        data.save_embeddings(args.out, dataset, parts, user.cpu().numpy(), item.cpu().numpy(), meta)
-    if args.recommend and len(results) == 1:
-        recommend(args.recommend, user, item, dataset, parts)
-
-
-def print_results(results, init):
-    """The test metrics as a table, with mean and standard deviation (n - 1) over several seeds."""
-    names = [f"{name}@{k}" for name in ("recall", "ndcg") for k in KS]
-    print(f"{'test, init ' + init:<28}" + "".join(f"{name:>11}" for name in names))
-    for r in results:
-        print(f"{'seed ' + str(r['seed']) + ', epoch ' + str(r['epoch']) + ' of ' + str(r['epochs_run']):<28}" +
-              "".join(f"{r['test'][name]:>11.4f}" for name in names))
-    if len(results) > 1:
-        for label, f in (("mean", np.mean), ("± std", lambda x: np.std(x, ddof=1))):
-            print(f"{label:<28}" + "".join(f"{f([r['test'][name] for r in results]):>11.4f}" for name in names))
-    if any(r["epoch"] == 0 < r["epochs_run"] for r in results):
-        print("epoch 0: on validation no training was better than the tables as given; try a lower --lr")
-
-
 def arguments():
-    parser = argparse.ArgumentParser(description="Train LightGCN with MixGCF from any initialiser; print the test metrics.",
-                                     formatter_class=data.Help)
-    parser.add_argument("--init", default="random", help="random, or an emb.npz")
-    parser.add_argument("--scale", type=scale, default="asis", help="RMS of the initial tables: asis, xavier, or a number")
-    parser.add_argument("--missing-side", choices=("random", "mean"), default="random",
-                        help="users that emb.npz does not have: random, or the mean of their training items")
-    parser.add_argument("--seeds", type=data.non_negative, nargs="+", default=[0], help="one run each")
-    parser.add_argument("--metrics", help="write the results here, as JSON")
-    parser.add_argument("--out", help="write the final embeddings here, as an emb.npz (of the first seed)")
-    parser.add_argument("--recommend", metavar="CSV", help="write each user's top 20 here (of the first seed)")
-    parser.add_argument("--dim", type=data.positive, help="width of a random start (default: 64)")
-    parser.add_argument("--layers", type=data.non_negative, default=3, help="LightGCN layers")
-    parser.add_argument("--candidates", type=data.positive, default=64, help="MixGCF's M")
-    parser.add_argument("--lr", type=float, default=1e-3, help="Adam's learning rate")
-    parser.add_argument("--l2", type=float, default=1e-4, help="weight of the layer-0 penalty")
-    parser.add_argument("--batch", type=data.positive, default=2048, help="interactions in a step")
-    parser.add_argument("--epochs", type=data.non_negative, default=1000, help="at most")
-    parser.add_argument("--eval-every", type=data.positive, default=5, help="epochs between two validations")
-    parser.add_argument("--patience", type=data.positive, default=10, help="validations in a row that bring nothing")
-    parser.add_argument("--device", type=device_name, default="auto")
-    add_checkpoint_arguments(parser)
+    parser = argparse.ArgumentParser(
+        description="Train LightGCN with MixGCF from any initialiser; print the test metrics.",
+        formatter_class=run.Help)
+    add = parser.add_argument
+    add("--init", default="random", help="random, or an emb.npz")
+    add("--scale", type=scale, help="RMS of the initial tables: asis, xavier, or a number")
+    add("--seeds", type=run.non_negative, nargs="+", default=[0], help="one run each")
+    add("--metrics", help="write the results here, as JSON")
+    add("--out", help="write the final embeddings here, as an emb.npz (of the first seed)")
+    add("--recommend", metavar="CSV", help="write each user's top 20 here (of the first seed)")
+    add("--dim", type=run.positive, help="width of a random start (default: 64)")
+    add("--layers", type=run.non_negative, help="LightGCN layers")
+    add("--candidates", type=run.positive, help="MixGCF's M")
+    add("--lr", type=float, help="Adam's learning rate")
+    add("--l2", type=float, help="weight of the layer-0 penalty")
+    add("--batch", type=run.positive, help="interactions in a step")
+    add("--epochs", type=run.non_negative, help="at most")
+    add("--eval-every", type=run.positive, help="epochs between two validations")
+    add("--patience", type=run.positive, help="validations in a row that bring nothing")
+    add("--device", type=run.device_name, default="auto")
+    parser.set_defaults(**DEFAULTS)
+    run.add_checkpoint_arguments(parser)
     data.add_data_arguments(parser)
     return parser
 
 
-def work(args):
-    """What main does once the flags are checked."""
-    arrays, known = read_init(args.init, args)
-    args.dim = args.dim or 64
-    if args.missing_side == "mean" and arrays is None:
-        raise data.InputError("--missing-side mean needs item vectors: pass an emb.npz with --init")
-    with one_after_the_other():
-        dataset, parts, source = data.open_data(args, known, contents=False)
+def check_arguments(args):
+    if not (0 < args.lr < np.inf and 0 <= args.l2 < np.inf):
+        raise run.InputError("--lr must be above 0, --l2 at least 0, both finite")
+    if len(set(args.seeds)) < len(args.seeds):
+        raise run.InputError("--seeds names a seed twice")
+    outputs = [path for path in (args.metrics, args.out, args.recommend) if path]
+    for path in outputs:
+        if os.path.realpath(path) == os.path.realpath(args.init):
+            raise run.InputError(f"{path}: would overwrite the tables it starts from; "
+                                 "choose another output path")
+    run.check_outputs(args.metrics, args.out, args.recommend)
+    return outputs
+
+
+def check_resumed_outputs(args, results):
+    """InputError where a file was asked for that only a finished seed could have written."""
+    for path in (args.out, args.recommend):
+        if results and path and not os.path.exists(path):
+            raise run.InputError(
+                f"{path}: belongs to seed {args.seeds[0]}, which was finished without it; leave "
+                "it out, or leave --resume out to start anew")
+
+
+def finetune_and_save(args, outputs):
+    arrays, data_options = read_init(args)
+    with run.main_process_first():
+        dataset, parts, data_options = data.open_data(args, data_options, contents=False)
+    tables = []
     if arrays is not None:
         check_same_split(args.init, arrays, dataset, parts)
-        if arrays["meta"].get("report", {}).get("interrupted"):
-            print(f"{args.init}: of a pre-training that was interrupted")
-    options = data.run_options(args, "init", "resume", "checkpoint_every", "metrics", "out", "recommend")
-    tables = [arrays[side] for side in ("user", "item") if side in arrays] if arrays else []
-    path = f"finetune.{digest(options, parts, tables)}.ckpt"
-    with Checkpoint(path, args.resume, args.checkpoint_every) as checkpoint:
-        results = checkpoint.results
-        lost = next((p for p in (args.out, args.recommend) if results and p and not os.path.exists(p)), None)
-        if lost:
-            raise data.InputError(f"{lost}: belongs to seed {args.seeds[0]}, which was finished without it; leave it out, or leave "
-                                  "--resume out to start anew")
+        tables = [arrays[side] for side in ("user", "item") if side in arrays]
+
+    options = data.training_options(args, "init", "resume", "checkpoint_every", "metrics", "out",
+                                    "recommend")
+    path = f"finetune.{run.run_id(options, parts, tables)}.ckpt"
+    with run.Checkpoint(path, args.resume, args.checkpoint_every) as checkpoint:
+        results = list(checkpoint.results)
+        check_resumed_outputs(args, results)
         for seed in args.seeds[len(results):]:
             result, user, item = finetune(parts, arrays, args, seed, args.device, checkpoint)
-            results.append({"data": source["data"], "init": args.init, "scale": args.scale, **result})
-            if first():
-                write_outputs(args, results, user, item, dataset, parts, source)
+            result = {"data": data_options["data"], "init": args.init, "scale": args.scale,
+                      **result}
+            results.append(result)
+            if run.is_main_process():
+                write_outputs(args, results, user, item, dataset, parts, data_options)
             if result["interrupted"]:
                 break
-            checkpoint.save()
+            checkpoint.finish(result)
     print_results(results, args.init)
     if results[-1]["interrupted"]:
-        wait_for_all()
-        raise data.InputError(f"interrupted in seed {seed} at epoch {result['epochs_run']}; its best epoch so far, "
-                              f"{result['epoch']}, was tested; {checkpoint.remedy()}")
+        run.wait_for_all()
+        raise run.InputError(
+            f"interrupted in seed {seed} at epoch {result['epochs_run']}; its best epoch so far, "
+            f"{result['epoch']}, was tested; {checkpoint.remedy()}")
     checkpoint.remove()
-    for path in filter(None, (args.metrics, args.out, args.recommend)):
+    for path in outputs:
         print(f"wrote {path}")
-    same = data.data_flags(source) + data.flags({"dim": args.dim}, {"dim": 64})
-    trained = {name: value for name, value in options.items() if name not in ("scale", "missing_side", "dim")}
-    trained = data.flags(trained, vars(arguments().parse_args([])))
-    print(f"next: python mmcpr.py{same}, then python finetune.py --init emb.npz{trained}" if args.init == "random" else
-          f"next: python finetune.py --init random{same}{trained}, the start to compare with")
+    name = data_options["data"]
+    if args.init == "random":
+        print(f"next: python mmcpr.py --data {name}, then python finetune.py --init emb.npz")
+    else:
+        print(f"next: python finetune.py --init random --data {name}, the start to compare with")
 
 
 def main(argv=None):
     args = arguments().parse_args(argv)
-    if not (0 < args.lr < np.inf and 0 <= args.l2 < np.inf):
-        raise data.InputError("--lr must be above 0, --l2 at least 0, both finite")
-    if len(set(args.seeds)) < len(args.seeds):
-        raise data.InputError("--seeds names a seed twice")
-    for path in filter(None, (args.metrics, args.out, args.recommend)):
-        if os.path.realpath(path) == os.path.realpath(args.init):
-            raise data.InputError(f"{path}: would overwrite the tables it starts from; choose another output path")
-    data.check_outputs(args.metrics, args.out, args.recommend)
-    with processes(args.device):
-        work(args)
+    outputs = check_arguments(args)
+    with run.processes(args.device):
+        finetune_and_save(args, outputs)
 
 
 if __name__ == "__main__":
-    sys.exit(data.cli(main))
+    sys.exit(run.cli(main))

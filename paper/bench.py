@@ -1,0 +1,575 @@
+"""How fast: each fast path against its plain definition, the results compared before.
+
+    python -m paper.bench                              demo, and generated graphs, vg and tg
+    python -m paper.bench --data vg path/to/folder     one of them, and your own interactions
+    python -m paper.bench --device cuda                the same on a GPU
+    python -m paper.bench --data vg --write folder     writes the generated set as a data set
+
+Here vg and tg name graphs drawn at random with the paper's counts, degrees as long-tailed as the
+real ones': nothing is downloaded. The table is Markdown. Memory is what building adds to a
+process at its peak, and what a process that pre-trains holds in all; on a GPU the host's.
+
+The plain definitions are those of ops.py and metrics.py, and two training steps made of them:
+mixgcf_loss_plain and objective_plain.
+"""
+import argparse
+import contextlib
+import multiprocessing
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+
+import data
+import finetune
+import metrics
+import mmcpr
+import ops
+import run
+
+SIZES = {  # users, items, interactions (Table 1)
+    "vg": (55_217, 17_389, 472_586),
+    "tg": (208_143, 78_698, 1_754_420)}
+DIM, N_CANDIDATES, BATCH, N_LAYERS = 64, 64, 2048, 3
+
+
+# --- Generated graphs ---------------------------------------------------------------------
+
+class Generated(NamedTuple):
+    """A bipartite graph, its pairs unique and in drawn order, and the shelf of each node."""
+    users: np.ndarray       # int64 [n]
+    items: np.ndarray       # int64 [n]
+    user_shelf: np.ndarray  # int64 [n_users]
+    item_shelf: np.ndarray  # int64 [n_items]
+
+
+def generate(n_users, n_items, n, seed=0, shelf_size=50, loyalty=0.6, spread=1.6):
+    """A long-tailed bipartite graph of n pairs.
+
+    Degrees are 5 plus a log-normal. Items stand on shelves of about 50; a user takes `loyalty`
+    of the items from one shelf, in proportion to their popularity, the rest from anywhere. With
+    these values, and the size of Amazon 2018's Video Games, the quantiles of the degrees, the
+    edges of both co-interaction graphs and of E come within 15 % of the real ones.
+    """
+    rng = np.random.default_rng(seed)
+
+    def draw_degrees(k):
+        extra = rng.lognormal(0, spread, k)
+        return 5 + extra * max(n / k - 5, 0) / extra.mean()
+
+    n_shelves = max(1, n_items // shelf_size)
+    user_shelf = rng.integers(n_shelves, size=n_users)
+    item_shelf = np.sort(rng.integers(n_shelves, size=n_items))
+    # Degrees laid end to end: a point on the line is a user or an item in proportion to them,
+    # and a shelf is a stretch of the items' line.
+    user_line = np.cumsum(draw_degrees(n_users))
+    item_line = np.concatenate([[0], np.cumsum(draw_degrees(n_items))])
+    shelf_begin = item_line[np.searchsorted(item_shelf, np.arange(n_shelves + 1))]
+    pairs = np.empty(0, np.int64)
+    while len(pairs) < n:
+        n_drawn = int(1.2 * (n - len(pairs))) + 100
+        user = np.searchsorted(user_line, rng.random(n_drawn) * user_line[-1])
+        user = user.clip(max=n_users - 1)
+        stays = rng.random(n_drawn) < loyalty
+        begin = np.where(stays, shelf_begin[user_shelf[user]], 0)
+        end = np.where(stays, shelf_begin[user_shelf[user] + 1], item_line[-1])
+        point = begin + rng.random(n_drawn) * (end - begin)
+        item = np.searchsorted(item_line, point, side="right") - 1
+        item = item.clip(0, n_items - 1)
+        pairs = np.concatenate([pairs, user * n_items + item])
+        # Each pair once, where it was drawn first.
+        _, place = np.unique(pairs, return_index=True)
+        pairs = pairs[np.sort(place)]
+    users, items = np.divmod(pairs[:n], n_items)
+    return Generated(users, items, user_shelf, item_shelf)
+
+
+def generate_features(graph, width=512, seed=1):
+    """{"R": per user, "T", "V": per item}, float32 [n, width]: a shelf's direction plus noise."""
+    rng = np.random.default_rng(seed)
+    n_shelves = graph.item_shelf.max() + 1
+
+    def view(shelf):
+        directions = rng.standard_normal((n_shelves, width), np.float32)
+        return directions[shelf] + rng.standard_normal((len(shelf), width), np.float32)
+
+    return {"R": view(graph.user_shelf), "T": view(graph.item_shelf), "V": view(graph.item_shelf)}
+
+
+def write_generated(name, folder):
+    """The generated set as a folder data set (README), features as float16."""
+    graph = generate(*SIZES[name])
+    folder.mkdir(parents=True, exist_ok=True)
+    pairs = zip(graph.users.tolist(), graph.items.tolist())
+    run.write_csv(folder / "interactions.csv", ("user", "item"), pairs)
+    run.write_csv(folder / "items.csv", ("item",), zip(range(len(graph.item_shelf))))
+    features = generate_features(graph)
+    write_half(folder / "item_text.npy", features["T"])
+    write_half(folder / "item_image.npy", features["V"])
+    # A review for each interaction: its user's vector.
+    write_half(folder / "review.npy", features["R"][graph.users])
+    print(f"wrote {folder}; next: python mmcpr.py --data {folder}")
+
+
+def write_half(path, rows):
+    run.write_file(path, lambda file: np.save(file, rows.astype(np.float16)))
+
+
+def open_set(name):
+    """(train, test, features) of a generated set or a data set, without validation."""
+    if name in SIZES:
+        return split_generated(name)
+    args = argparse.Namespace(**data.DATA_DEFAULTS, amazon_url=None)
+    args.data, args.valid = name, 0
+    dataset, parts, _ = data.open_data(args, contents=False)
+    rng = np.random.default_rng(0)
+    features = {"R": rng.standard_normal((dataset.n_users, 512), np.float32),
+                "T": rng.standard_normal((dataset.n_items, 512), np.float32),
+                "V": rng.standard_normal((dataset.n_items, 512), np.float32)}
+    return parts.train, parts.test, features
+
+
+def split_generated(name):
+    """The same of a generated set; the split is the paper's, four fifths to train."""
+    graph = generate(*SIZES[name])
+    in_test = data.split(graph.users, 0, 0) == data.TEST
+    matrices = []
+    for part in (~in_test, in_test):
+        ones = np.ones(part.sum(), np.float32)
+        pairs = (graph.users[part], graph.items[part])
+        matrix = sp.csr_matrix((ones, pairs), SIZES[name][:2])
+        matrix.sort_indices()
+        matrices.append(matrix)
+    train, test = matrices
+    return train, test, generate_features(graph)
+
+
+# --- The plain training steps -------------------------------------------------------------
+
+def mixgcf_loss_plain(E0, P, n_layers, users, pos_items, candidates, alpha, l2=1e-4):
+    """MixGCF as published: every candidate of every layer is gathered and mixed, by autograd.
+
+    E0 [n, d]; P: the normalised adjacency, sparse COO [n, n]; users, pos_items [B] and
+    candidates [B, M] are rows of E0; alpha [L+1, B]. As finetune.mixgcf_loss.
+    """
+    B, M = candidates.shape
+    rows = torch.cat([users, pos_items, candidates.flatten()])
+    rows = rows.expand(n_layers + 1, -1)
+    e = ops.layer_rows_plain(E0, P, n_layers, rows)                        # [L+1, (2 + M) B, d]
+    e_user, e_pos, e_candidates = e.split([B, B, B * M], 1)
+    e_candidates = e_candidates.unflatten(1, (B, M))                       # [L+1, B, M, d]
+    alpha = alpha[:, :, None, None]
+    mixed = alpha * e_pos[:, :, None] + (1 - alpha) * e_candidates         # [L+1, B, M, d]
+    query = e_user.mean(0)                                                 # [B, d]
+    best = (query[:, None] * mixed).sum(3).argmax(2)                       # [L+1, B]
+    best = best[:, :, None, None].expand(-1, -1, 1, mixed.shape[3])
+    e_neg = mixed.gather(2, best)[:, :, 0]                                 # [L+1, B, d]
+    return finetune.bpr_loss(e_user, e_pos, e_neg, l2)
+
+
+def objective_plain(model, R, users, cima_items, positives_per_block, lam=0.2):
+    """Eq. 16 with the whole [B, n_items] blocks of scores and of R in memory, by autograd."""
+    every_item = torch.arange(model.n_items, device=users.device)
+    item, _, projected = model.items(every_item)
+    user, _, _ = model.users(users)
+    l2 = ops.bce_plain(user, item, model.bias, R[users.cpu().numpy()]) / positives_per_block
+    l1 = mmcpr.cima(projected[cima_items, 0], projected[cima_items, 1])
+    return lam * l1 * len(cima_items) / positives_per_block + (1 - lam) * l2
+
+
+# --- Measuring ----------------------------------------------------------------------------
+
+def seconds(call, device):
+    """Seconds of one call, the GPU's queue included."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    call()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def in_turn(calls, repeats, device):
+    """Medians of the seconds of several calls, made in turn: the machine's moods hit all alike."""
+    times = {call: [] for call in calls}
+    for _ in range(repeats + 1):
+        for call in calls:
+            times[call].append(seconds(call, device))
+    # The first of each warms up.
+    return [statistics.median(times[call][1:]) for call in calls]
+
+
+def check_same(name, plain, fast, tolerance):
+    """Stops the benchmark where the fast result is not the plain one's.
+
+    The error is relative to the largest entry.
+    """
+    largest = plain.abs().max().clamp(min=1e-30)
+    error = float((plain - fast).abs().max() / largest)
+    if not error < tolerance:
+        raise run.InputError(f"{name}: fast and plain differ by {error:.1e} of the largest entry, "
+                             f"more than {tolerance:.0e}")
+
+
+def peak_memory():
+    """GiB that this process has held at most; NaN where the system does not say."""
+    with contextlib.suppress(OSError):
+        # On Linux not ru_maxrss, which starts with the parent's.
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) / (1 << 20)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return float("nan")
+    units_per_gib = 1 << 30 if sys.platform == "darwin" else 1 << 20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / units_per_gib
+
+
+def in_new_process(function, *args):
+    """function(*args) in a new process, whose peak memory is its own."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(function, args)
+
+
+def machine(device):
+    """(bytes per second of a large copy, float32 operations per second of a large product)."""
+    x = torch.ones(1 << 26, device=device)
+    y = x.clone()
+    a = torch.randn(2048, 2048, device=device)
+
+    def copy():
+        y.copy_(x)
+
+    def multiply():
+        return a @ a
+
+    copy_seconds, multiply_seconds = in_turn([copy, multiply], 5, device)
+    # A copy reads and writes.
+    return 2 * x.nbytes / copy_seconds, 2 * 2048 ** 3 / multiply_seconds
+
+
+# --- The table ----------------------------------------------------------------------------
+
+def print_row(*texts):
+    print("| " + " | ".join(texts) + " |", flush=True)
+
+
+def duration(s):
+    if s < 1:
+        return f"{s * 1e3:.1f} ms"
+    return f"{s:.1f} s" if s < 100 else f"{s:,.0f} s"
+
+
+def compare(name, what, plain, fast, note=""):
+    """One row; plain, fast: seconds."""
+    print_row(name, what, duration(plain), duration(fast), f"{plain / fast:.1f}×", note)
+
+
+# --- 1. The co-interaction product --------------------------------------------------------
+
+def build_graph(path, is_plain):
+    """(seconds, GiB added at the peak) of building a graph, written out or as R and E."""
+    R = sp.load_npz(path)
+    before = peak_memory()
+
+    def build():
+        if is_plain:
+            ops.co_interaction_plain(R)
+        else:
+            ops.build_co_interaction(R, "RE")
+
+    return seconds(build, "cpu"), peak_memory() - before
+
+
+def bench_co_interaction(name, train, device):
+    for side, R in (("user", train), ("item", train.T.tocsr())):
+        bench_building(f"{side} graph", name, R)
+        bench_product(f"{side} graph", name, R, device)
+
+
+def bench_building(graph, name, R):
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "R.npz"
+        sp.save_npz(path, R)
+        plain, plain_peak = in_new_process(build_graph, path, True)
+        fast, fast_peak = in_new_process(build_graph, path, False)
+    note = f"peak {plain_peak:.2f} GiB → {fast_peak:.2f} GiB"
+    compare(name, f"{graph}: building", plain, fast, note)
+
+
+def bench_product(graph, name, R, device):
+    """D^-1 A x and its gradient: torch's product with A, and the fast kernel with each storage."""
+    written = ops.CoInteractionGraph(R, device, storage="A")
+    factored = ops.CoInteractionGraph(R, device, storage="RE")
+    kept = ops.CoInteractionGraph(R, device)
+    x = torch.randn(R.shape[0], DIM, device=device)
+
+    def plain_both_ways():
+        y = written.inverse_degree * ops.sparse_product_plain(written.A, x)
+        grad = ops.sparse_product_plain(written.A, written.inverse_degree * x)
+        return y, grad
+
+    def both_ways(operator):
+        leaf = x.clone().requires_grad_()
+        y = operator(leaf)
+        grad, = torch.autograd.grad(y, leaf, x)
+        return y.detach(), grad
+
+    def written_both_ways():
+        return both_ways(written)
+
+    def factored_both_ways():
+        return both_ways(factored)
+
+    def kept_both_ways():
+        return both_ways(kept)
+
+    for plain, fast in zip(plain_both_ways(), kept_both_ways()):
+        check_same(f"{name}, {graph}", plain, fast, 1e-4)
+    calls = [plain_both_ways, written_both_ways, factored_both_ways, kept_both_ways]
+    plain, of_written, of_factored, fast = in_turn(calls, 7, device)
+    note = (f"{written.n_read:,} → {factored.n_read:,} entries; in the fast kernel the graph "
+            f"{duration(of_written)}, R and E {duration(of_factored)}; kept: ")
+    note += "R and E" if kept.A is None else "the graph"
+    compare(name, f"{graph}: product, both ways", plain, fast, note)
+
+
+# --- 2. The fine-tuning epoch -------------------------------------------------------------
+
+def coo_tensor(matrix, device):
+    """A scipy matrix as a torch COO tensor, whose product autograd knows."""
+    matrix = matrix.tocoo()
+    index = torch.from_numpy(np.stack([matrix.row, matrix.col])).long()
+    values = torch.from_numpy(matrix.data.astype(np.float32))
+    return torch.sparse_coo_tensor(index, values, matrix.shape).coalesce().to(device)
+
+
+def bench_finetuning(name, train, device, bandwidth):
+    """Returns the model of the fast path."""
+    torch.manual_seed(0)
+    user, item = finetune.initial_tables(None, train, DIM)
+    model = finetune.LightGCN(train, user.to(device), item.to(device), N_LAYERS)
+    E0 = torch.nn.Parameter(model.E0.detach().clone())
+    P = coo_tensor(ops.normalised_adjacency(train), device)
+
+    # One batch, as finetune.py draws it.
+    pairs = train.tocoo()
+    batch = torch.randperm(train.nnz)[:BATCH].numpy()
+    users = torch.from_numpy(pairs.row[batch]).long()
+    pos_items = torch.from_numpy(pairs.col[batch]).long()
+    n_users, n = train.shape[0], len(users)
+    sample_negatives = ops.NegativeSampler(train)
+    alpha = torch.rand(N_LAYERS + 1, n, device=device)
+    u = users.to(device)
+    p = pos_items.to(device) + n_users
+    c = sample_negatives(users, N_CANDIDATES).to(device) + n_users
+
+    def plain_loss():
+        return mixgcf_loss_plain(E0, P, N_LAYERS, u, p, c, alpha)
+
+    def fast_loss():
+        return finetune.mixgcf_loss(model, u, p, c, alpha)
+
+    plain, fast = plain_loss(), fast_loss()
+    check_same(f"{name}, MixGCF's loss", plain.detach(), fast.detach(), 1e-5)
+    plain_grad, = torch.autograd.grad(plain, E0)
+    fast_grad, = torch.autograd.grad(fast, model.E0)
+    check_same(f"{name}, MixGCF's gradient", plain_grad, fast_grad, 1e-4)
+
+    plain_adam = torch.optim.Adam([E0], foreach=False, fused=False)
+    fast_adam = torch.optim.Adam(model.parameters(), fused=True)
+    rng = np.random.default_rng(0)
+
+    def plain_step():
+        plain_adam.zero_grad()
+        (plain_loss() / n).backward()
+        plain_adam.step()
+
+    def fast_step():
+        fast_adam.zero_grad()
+        (fast_loss() / n).backward()
+        fast_adam.step()
+
+    def plain_draw():
+        ops.sample_negatives_plain(train, users.tolist(), N_CANDIDATES, rng)
+
+    def fast_draw():
+        sample_negatives(users, N_CANDIDATES)
+
+    steps = -(-train.nnz // BATCH)
+    plain_drawing, fast_drawing = in_turn([plain_draw, fast_draw], 3, device)
+    plain, fast = in_turn([plain_step, fast_step], 10, device)
+    compare(name, "drawing negatives, an epoch", plain_drawing * steps, fast_drawing * steps)
+    compare(name, "fine-tuning, an epoch", (plain_drawing + plain) * steps,
+            (fast_drawing + fast) * steps, f"{steps:,} steps")
+
+    layers = model.layers()
+
+    def mix_hops():
+        ops.hard_negatives(layers, u, c)
+
+    parts = in_turn([model.layers, mix_hops, fast_adam.step, fast_step], 10, device)
+    print_step(train, n, fast_drawing, parts, bandwidth)
+    return model
+
+
+def print_step(train, batch, drawing, parts, bandwidth):
+    """Where a fine-tuning step goes; parts: seconds of layers, hop mixing, Adam and the whole."""
+    layers, hop_mixing, adam, whole = parts
+    rest = whole - layers - hop_mixing - adam
+    step = drawing + whole
+    steps = -(-train.nnz // BATCH)
+    # What a step must move, in bytes: six sparse products read the graph (a value and an index
+    # for each entry) and a table and write one, Adam moves seven tables, and four layers' rows
+    # of the candidates are read.
+    table = 4 * DIM * sum(train.shape)
+    graph = 8 * 2 * train.nnz
+    candidates = 4 * (N_LAYERS + 1) * batch * N_CANDIDATES * DIM
+    traffic = 6 * (graph + 2 * table) + 7 * table + candidates
+    floor = traffic / bandwidth
+    print(f"  of a step's {step * 1e3:.0f} ms: drawing {drawing * 1e3:.0f}, "
+          f"layers {layers * 1e3:.0f}, hop mixing {hop_mixing * 1e3:.0f}, "
+          f"Adam {adam * 1e3:.0f}, loss and backward {rest * 1e3:.0f}; "
+          f"traffic floor {traffic / 1e6:.0f} MB = {floor * 1e3:.0f} ms, "
+          f"{floor * steps:.1f} s an epoch ({floor / step:.0%} reached)")
+
+
+# --- 3. The all-ranking evaluation --------------------------------------------------------
+
+def bench_evaluation(name, model, train, test, device, sample=100):
+    """The plain path ranks `sample` of the users, and its time is scaled up."""
+    user, item = model.embed()
+    tested = np.flatnonzero(np.diff(test.indptr))
+    n_drawn = min(sample, len(tested))
+    drawn = np.random.default_rng(0).choice(tested, n_drawn, replace=False)
+    is_drawn = np.isin(np.arange(len(user)), drawn).astype(np.float32)
+    test_of_drawn = (sp.diags_array(is_drawn).tocsr() @ test).tocsr()
+    test_of_drawn.eliminate_zeros()
+    plain = metrics.evaluate_plain(user, item, train, test, 20, drawn)
+    fast = metrics.evaluate(user, item, train, test_of_drawn, (20,))
+    for metric in ("recall@20", "ndcg@20"):
+        check_same(f"{name}, evaluation", torch.tensor(plain[metric]),
+                   torch.tensor(fast[metric]), 1e-6)
+
+    def plain_evaluation():
+        metrics.evaluate_plain(user, item, train, test, 20, drawn)
+
+    def fast_evaluation():
+        metrics.evaluate(user, item, train, test, (20, 40, 60))
+
+    plain, fast = in_turn([plain_evaluation, fast_evaluation], 2, device)
+    compare(name, f"evaluation of {len(tested):,} users", plain / n_drawn * len(tested), fast,
+            f"plain: {n_drawn} users, scaled up")
+
+
+# --- 4. The pre-training epoch ------------------------------------------------------------
+
+def pretrain_steps(folder, device, is_plain, n_steps):
+    """(seconds of each step, losses, peak GiB) of a few steps on R.npz and features.npz.
+
+    Plain: on the written-out graphs, by objective_plain.
+    """
+    run.keep_freed_memory()
+    R = sp.load_npz(folder / "R.npz")
+    features = dict(np.load(folder / "features.npz"))
+    torch.manual_seed(0)
+    model = mmcpr.MMCPR(R, features, bias="global", device=device)
+    if is_plain:
+        model.users.graph = ops.CoInteractionGraph(R, device, storage="A")
+        model.items.graph = ops.CoInteractionGraph(R.T.tocsr(), device, storage="A")
+    optimizer = torch.optim.Adam(model.parameters(), fused=True)
+    cima_items = model.items_with_pair().to(device)
+    n_users = R.shape[0]
+    positives_per_block = BATCH * R.nnz / n_users
+    blocks = torch.randperm(n_users).split(BATCH)
+    losses = []
+
+    def step():
+        # In turn, where there are fewer blocks than steps.
+        users = blocks[len(losses) % len(blocks)].to(device)
+        drawn = cima_items[torch.randperm(len(cima_items))[:BATCH].to(device)]
+        optimizer.zero_grad()
+        if is_plain:
+            loss = objective_plain(model, R, users, drawn, positives_per_block)
+        else:
+            _, _, loss = mmcpr.objective(model, R, users, drawn, positives_per_block)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+
+    times = [seconds(step, device) for _ in range(n_steps)]
+    return times, losses, peak_memory()
+
+
+def bench_pretraining(name, train, features, device, n_steps=4):
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        sp.save_npz(folder / "R.npz", train)
+        np.savez(folder / "features.npz", **features)
+        plain = in_new_process(pretrain_steps, folder, device, True, n_steps)
+        fast = in_new_process(pretrain_steps, folder, device, False, n_steps)
+    plain_times, plain_losses, plain_peak = plain
+    fast_times, fast_losses, fast_peak = fast
+    check_same(f"{name}, pre-training's losses", torch.tensor(plain_losses),
+               torch.tensor(fast_losses), 1e-4)
+    n_blocks = -(-train.shape[0] // BATCH)
+    # The first step warms up.
+    plain_epoch = statistics.median(plain_times[1:]) * n_blocks
+    fast_epoch = statistics.median(fast_times[1:]) * n_blocks
+    compare(name, "pre-training, an epoch", plain_epoch, fast_epoch,
+            f"{n_blocks} blocks; peak {plain_peak:.1f} GiB → {fast_peak:.1f} GiB")
+
+
+# --- The command line ---------------------------------------------------------------------
+
+def bench(name, device, bandwidth):
+    """The table of one data set."""
+    train, test, features = open_set(name)
+    label = Path(name).name
+    n_users, n_items = train.shape
+    print(f"{label}: {n_users:,} users, {n_items:,} items, {train.nnz:,} training interactions\n")
+    print_row("data", "what", "plain", "fast", "ratio", "")
+    print_row(*["---"] * 6)
+    bench_co_interaction(label, train, device)
+    model = bench_finetuning(label, train, device, bandwidth)
+    bench_evaluation(label, model, train, test, device)
+    bench_pretraining(label, train, features, device)
+
+
+def arguments():
+    parser = argparse.ArgumentParser(
+        prog="python -m paper.bench", formatter_class=run.Help,
+        description="Fast paths against plain definitions, side by side.")
+    parser.add_argument("--data", nargs="+", default=["demo", "vg", "tg"],
+                        help="demo, vg, tg (generated), or folders")
+    parser.add_argument("--device", type=run.device_name, default="cpu")
+    parser.add_argument("--write", type=Path, metavar="FOLDER",
+                        help="write the generated set here and stop")
+    return parser
+
+
+def main(argv=None):
+    args = arguments().parse_args(argv)
+    if args.write:
+        if len(args.data) > 1 or args.data[0] not in SIZES:
+            raise run.InputError("--write writes one generated set: "
+                                 "pass --data vg or --data tg")
+        write_generated(args.data[0], args.write)
+        return
+    bandwidth, rate = machine(args.device)
+    processor = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
+    print(f"{torch.get_num_threads()} threads, {processor}: copies {bandwidth / 1e9:.0f} GB/s, "
+          f"float32 products {rate / 1e9:,.0f} GFLOP/s")
+    for name in args.data:
+        bench(name, args.device, bandwidth)
+
+
+if __name__ == "__main__":
+    sys.exit(run.cli(main))

@@ -1,0 +1,1182 @@
+"""The tests of paper/: python -m pytest -q, from the root.
+
+Every method's formulas against a plain loop; the real command lines on a tiny shop; sweeps with
+the real scripts, in this process, where starting them is not what is tested.
+"""
+import contextlib
+import csv
+import hashlib
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.sparse as sp
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import data
+import finetune
+import mmcpr
+import ops
+import run
+from paper import baselines, bench, reproduce
+from test_mmcpr import binary, call, shop, write_shop
+
+CONTENTS = ("item_text.npy", "item_image.npy", "review.npy", "items.csv")
+
+
+@pytest.fixture
+def shop_folder(tmp_path, monkeypatch):
+    """The shop in the folder `shop` of the working directory, which is tmp_path."""
+    monkeypatch.chdir(tmp_path)
+    write_shop(tmp_path / "shop")
+    return tmp_path / "shop"
+
+
+def remove_contents(folder):
+    """Leaves the interactions alone."""
+    for file in CONTENTS:
+        (folder / file).unlink()
+
+
+def missing_in(rows, x):
+    """x float [n, d] with NaN in the rows given."""
+    x[rows] = np.nan
+    return x
+
+
+# --- bench.py -----------------------------------------------------------------------------
+
+def test_generated_graph_has_the_counts_and_a_long_tail(tmp_path, monkeypatch):
+    graph = bench.generate(600, 300, 5000)
+    pairs = graph.users * 300 + graph.items
+    assert len(graph.users) == 5000 == len(np.unique(pairs))
+    assert len(graph.user_shelf) == 600 and len(graph.item_shelf) == 300
+    assert graph.users.max() < 600 and graph.items.max() < 300
+    for degree in (np.bincount(graph.users), np.bincount(graph.items)):
+        assert degree.max() > 4 * np.median(degree)
+    monkeypatch.setitem(bench.SIZES, "vg", (600, 300, 5000))
+    assert call(bench.main, "--data", "vg", "--write", tmp_path / "made") == 0
+    dataset = data.load(str(tmp_path / "made"))
+    assert len(dataset.users) == 5000
+    assert data.features(dataset, "RTV")["R"].shape == (5000, 512)
+    assert call(bench.main, "--data", "demo", "--write", tmp_path / "made") == 2
+
+
+def test_benchmark_compares_before_it_measures(shop_folder, capsys, monkeypatch):
+    """The whole table on a tiny folder; a fast path that computes something else stops it."""
+    monkeypatch.setattr(bench, "in_new_process", lambda function, *args: function(*args))
+    assert call(bench.main, "--data", "shop") == 0
+    out = capsys.readouterr().out
+    for what in ("user graph: building", "user graph: product", "item graph: building",
+                 "item graph: product", "drawing negatives, an epoch", "fine-tuning, an epoch",
+                 "evaluation of", "pre-training, an epoch"):
+        assert f"| shop | {what}" in out
+    loss = finetune.mixgcf_loss
+    monkeypatch.setattr(finetune, "mixgcf_loss", lambda *args: 1.001 * loss(*args))
+    monkeypatch.setattr(bench, "machine", lambda device: (1e9, 1e9))
+    assert call(bench.main, "--data", "shop") == 2
+    assert "MixGCF's loss: fast and plain differ by" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("M", [1, 5, 30])
+def test_plain_finetuning_step_is_the_fast_one(M):
+    """Value and gradient, in float64."""
+    rng = np.random.default_rng(13)
+    R = binary(rng, 8, 12, 0.4)
+    user = torch.from_numpy(rng.normal(size=(8, 6)))
+    item = torch.from_numpy(rng.normal(size=(12, 6)))
+    model = finetune.LightGCN(R, user, item, 3)
+    users = torch.from_numpy(rng.integers(8, size=9))
+    pos_items = torch.from_numpy(rng.integers(8, 20, size=9))
+    candidates = torch.from_numpy(rng.integers(8, 20, size=(9, M)))
+    alpha = torch.from_numpy(rng.random((4, 9)))
+    P = model.A.to_dense().to_sparse_coo()
+    fast = finetune.mixgcf_loss(model, users, pos_items, candidates, alpha, 0.3)
+    plain = bench.mixgcf_loss_plain(model.E0, P, 3, users, pos_items, candidates, alpha, 0.3)
+    torch.testing.assert_close(fast, plain)
+    torch.testing.assert_close(torch.autograd.grad(fast, model.E0),
+                               torch.autograd.grad(plain, model.E0))
+
+
+# --- baselines.py: what several methods share ---------------------------------------------
+
+def weighted_ring():
+    """Five items in a ring with a chord, weights that differ; item 5 is alone."""
+    W = np.zeros((6, 6), np.float32)
+    edges = ((0, 1, 1.0), (1, 2, 3.0), (2, 3, 1.0), (3, 4, 2.0), (4, 0, 1.0), (0, 2, 2.0))
+    for a, b, w in edges:
+        W[a, b] = W[b, a] = w
+    return sp.csr_matrix(W)
+
+
+def test_item_graph_against_the_loop():
+    """PMGT's weights, and of each item the heaviest edges only."""
+    R = binary(np.random.default_rng(20), 30, 9, 0.3)
+    C, degree = (R.T @ R).toarray(), R.toarray().sum(0)
+    for block in (4096, 4):
+        got = baselines.item_graph(R, 4, block).toarray()
+        for a in range(9):
+            want = {}
+            for b in range(9):
+                if b != a and C[a, b]:
+                    root = np.log(np.sqrt(degree[a] * degree[b]))
+                    want[b] = (np.log(C[a, b]) + 1) / (root + 1)
+            heaviest = sorted(want.values(), reverse=True)[:4]
+            kept = sorted(got[a][got[a] > 0], reverse=True)
+            assert kept == pytest.approx(heaviest, rel=1e-5)
+            for b in want:
+                assert got[a, b] in (0, pytest.approx(want[b], rel=1e-5))
+
+
+# --- baselines.py: CLIP, MMGCN ------------------------------------------------------------
+
+@pytest.mark.parametrize("same_space", [True, False])
+def test_clip_is_the_pca_of_what_each_item_has(same_space):
+    """The mean over the modalities an item has, or both side by side; numpy's SVD, any signs."""
+    rng = np.random.default_rng(21)
+    features = {"T": missing_in([2, 5], rng.normal(size=(12, 6))),
+                "V": missing_in([3, 5], rng.normal(size=(12, 6)))}
+    views = list(baselines.unit_rows(features, "TV").values())
+    got = baselines.clip(views, same_space, 4)
+    unit, n_views = {}, 0
+    for m, x in features.items():
+        unit[m] = np.nan_to_num(x / np.linalg.norm(x, axis=1, keepdims=True))
+        n_views = n_views + (~np.isnan(x[:, :1])).astype(float)
+    if same_space:
+        x = (unit["T"] + unit["V"]) / np.maximum(n_views, 1)
+    else:
+        x = np.concatenate([unit["T"], unit["V"]], 1)
+    present = np.delete(np.arange(12), 5)
+    x = x[present] - x[present].mean(0)
+    want = x @ np.linalg.svd(x)[2][:4].T
+    assert not got[5].any()
+    np.testing.assert_allclose(got[present].abs().numpy(), np.abs(want), rtol=1e-3, atol=1e-5)
+    assert baselines.clip(views, same_space, 20)[:, 12:].abs().max() == 0
+
+
+def test_mmgcn_aggregation_against_the_loop():
+    """Three layers, node by node, from the equations; a missing modality starts from zeros."""
+    rng = np.random.default_rng(22)
+    R = binary(rng, 5, 4, 0.5, empty_row=3)
+    torch.manual_seed(0)
+    features = {"T": rng.normal(size=(4, 3)), "V": missing_in([1], rng.normal(size=(4, 300)))}
+    views = baselines.unit_rows(features, "TV")
+    model = baselines.MMGCN(R, views, 6, 10)
+    neighbours = [5 + R[[u]].indices for u in range(5)]
+    neighbours += [R.T.tocsr()[[i]].indices for i in range(4)]
+    total = 0
+    for m, view in views.items():
+        zeros = torch.zeros(model.mlp[m].out_features)
+        item = torch.stack([model.mlp[m](v) if v.any() else zeros for v in view])
+        x = F.normalize(torch.cat([model.preference[m], item]))
+        for W1, W2, W3 in model.layers[m]:
+            rows = []
+            for n in range(9):
+                received = [W1(x[j]) for j in neighbours[n]]
+                mean = sum(received) / len(received) if received else torch.zeros(6)
+                h = F.leaky_relu(mean)
+                itself = F.leaky_relu(W2(x[n])) + model.id[n]
+                rows.append(F.leaky_relu(W3(torch.cat([h, itself]))))
+            x = torch.stack(rows)
+        total = total + x
+    torch.testing.assert_close(torch.cat(model()), total)
+    assert model.mlp["V"].out_features == 256 and model.mlp["T"].out_features == 3
+    # Trained, as the paper means.
+    trained = [model.id, *model.preference.values()]
+    for grad in torch.autograd.grad(model.loss(torch.arange(3)), trained):
+        assert grad.any()
+
+
+# --- baselines.py: GPT-GNN ----------------------------------------------------------------
+
+def test_hgt_layer_against_the_loop():
+    torch.manual_seed(1)
+    layer, h = baselines.HGTLayer(6, 2), torch.randn(5, 6)
+    sender, receiver = torch.tensor([0, 1, 2, 3, 0, 4]), torch.tensor([1, 0, 1, 1, 2, 2])
+    rows = []
+    for n in range(5):
+        o = torch.zeros(6)
+        senders = sender[receiver == n]
+        for head in range(2):
+            part = slice(3 * head, 3 * head + 3)
+            if not len(senders):
+                continue
+            scores, messages = [], []
+            for j in senders:
+                k = layer.k(h[j])[part] @ layer.A[head]
+                scores.append(layer.q(h[n])[part] @ k * layer.p[head] / 3 ** 0.5)
+                messages.append(layer.v(h[j])[part] @ layer.M[head])
+            attention = torch.stack(scores).softmax(0)
+            o[part] = (attention[:, None] * torch.stack(messages)).sum(0)
+        s = torch.sigmoid(layer.skip)
+        rows.append(s * layer.out(F.gelu(o)) + (1 - s) * h[n])
+    torch.testing.assert_close(layer(h, sender, receiver), torch.stack(rows))
+
+
+def pairs_of(sender, receiver):
+    """The undirected edges, a set."""
+    return {frozenset(edge) for edge in zip(sender.tolist(), receiver.tolist())}
+
+
+def test_gptgnn_never_sees_the_edges_it_must_predict(monkeypatch):
+    """Neither direction of a held-out edge reaches the encoder; copies receive, send nothing."""
+    rng = np.random.default_rng(23)
+    torch.manual_seed(0)
+    x = torch.from_numpy(rng.normal(size=(40, 5))).float()
+    model = baselines.GPTGNN(binary(rng, 60, 40, 0.15), x, 8, 16, n_heads=2)
+    encode, hold_out = model.encode, model.hold_out
+    encoded, held_out = [], []
+
+    def spy_encode(x, sender, receiver):
+        encoded.append((x, sender, receiver))
+        return encode(x, sender, receiver)
+
+    def spy_hold_out(sender, receiver, n_nodes, n_targets):
+        is_out = hold_out(sender, receiver, n_nodes, n_targets)
+        held_out.append((sender, receiver, n_nodes, n_targets, is_out))
+        return is_out
+
+    monkeypatch.setattr(model, "encode", spy_encode)
+    monkeypatch.setattr(model, "hold_out", spy_hold_out)
+    for targets in model.batches():
+        model.loss(targets)
+        x, s, r = encoded[-1]
+        sender, receiver, n, b, is_out = held_out[-1]
+        hidden = pairs_of(sender[is_out], receiver[is_out])
+        observed = pairs_of(sender[~is_out], receiver[~is_out])
+        assert hidden and not hidden & observed
+        to_node = r < n
+        assert not hidden & pairs_of(s[to_node], r[to_node])
+        assert not hidden & pairs_of(s[~to_node], r[~to_node] - n)
+        assert s.max() < n and torch.equal(x[n:], model.copy_input.expand(b, -1))
+        is_at_target = torch.minimum(sender, receiver) < b
+        assert 0.3 < is_out[is_at_target].float().mean() < 0.7
+        assert not is_out[~is_at_target].any()
+
+
+# --- baselines.py: Graph-BERT -------------------------------------------------------------
+
+def test_intimacy_against_the_dense_inverse():
+    """The k largest of each row of S, but the item's own; blocks do not matter."""
+    R = binary(np.random.default_rng(24), 50, 20, 0.08)
+    A = ((R.T @ R).toarray() > 0) * (1 - np.eye(20))
+    degree = np.maximum(A.sum(0), 1)
+    S = 0.15 * np.linalg.inv(np.eye(20) - 0.85 * A / degree)
+    np.fill_diagonal(S, 0)
+    graph = ops.CoInteractionGraph(R.T.tocsr())
+    index, value = baselines.intimacy(graph, 4, n_steps=200, block=7)
+    np.testing.assert_allclose(value, -np.sort(-S, 1)[:, :4], atol=1e-5)
+    np.testing.assert_allclose(np.take_along_axis(S, index.numpy(), 1), value, atol=1e-5)
+    alone = np.flatnonzero(A.sum(1) == 0)
+    assert len(alone)
+    assert (index[alone] == torch.from_numpy(alone)[:, None]).all()  # its own context
+
+
+def test_graphbert_contexts_and_losses_against_the_loop():
+    """Codes, what z must say and how near it must be; empty places of a context have no pair."""
+    rng = np.random.default_rng(28)
+    R = binary(rng, 40, 20, 0.06)
+    A = ((R.T @ R).toarray() > 0) * (1 - np.eye(20, dtype=int))
+    torch.manual_seed(0)
+    x = torch.from_numpy(rng.normal(size=(20, 5))).float()
+    x[3, :2] = 0
+    mask = (x != 0).float()
+    model = baselines.GraphBERT(R, x, mask, 8, 20, k=6).eval()  # no dropout
+    index, S = baselines.intimacy(ops.CoInteractionGraph(R.T.tocsr()), 6)
+    rows = torch.arange(20)
+    is_empty = index == rows[:, None]
+    assert is_empty.any() and is_empty.all(1).any() and not is_empty.all()
+    assert torch.equal(model.context, index)
+    for i in range(20):
+        for place, j in enumerate([i, *index[i].tolist()]):
+            hops = 0 if j == i else 1 if A[i, j] else 2
+            want = 0
+            for code in (A[j].sum(), place, hops):
+                want = want + baselines.sinusoid(torch.tensor(float(code)), 8)
+            torch.testing.assert_close(model.codes[i, place], want)
+
+    encode, drawn = model.encode, []
+
+    def spy(rows):
+        drawn.append((rows[20:40].tolist(), rows[40:].tolist()))
+        return encode(rows)
+
+    model.encode = spy
+    losses = [model.loss(rows).item() for _ in range(3)]
+    z = encode(rows)
+
+    def cosine(a, b):
+        return F.cosine_similarity(z[a], z[b], dim=0).item()
+
+    for loss, (near, far) in zip(losses, drawn):
+        errors, near_gaps, far_gaps = [], [], []
+        for i in range(20):
+            error = (model.attribute(z[i]) - x[i]).square()
+            errors.append(sum(error[c].item() for c in range(5) if mask[i, c]))
+            if near[i] != i:
+                closeness = (S[i, index[i] == near[i]] / S[i, 0]).item()
+                near_gaps.append((cosine(i, near[i]) - closeness) ** 2)
+            assert far[i] != i
+            far_gaps.append(cosine(i, far[i]) ** 2)
+        want = np.mean(errors) + np.mean(near_gaps) + np.mean(far_gaps)
+        assert loss == pytest.approx(want, rel=1e-4) and len(near_gaps) < 20
+
+
+# --- baselines.py: PMGT -------------------------------------------------------------------
+
+def test_mcn_sampling_frequencies():
+    """One draw: in proportion to the weights. Two hops: the nearer counts more; short lists."""
+    graph, rng = weighted_ring(), np.random.default_rng(25)
+    drawn = [baselines.mcn_sampling(graph, rng, (1,), 1).numpy() for _ in range(4000)]
+    drawn = np.concatenate(drawn, 1)
+    for item in range(5):
+        share = np.bincount(drawn[item], minlength=6) / 4000
+        weights = graph[[item]].toarray()[0]
+        np.testing.assert_allclose(share, weights / weights.sum(), atol=0.035)
+    assert (drawn[5] == 5).all()
+    path = sp.csr_matrix(np.array([[0, 1, 0], [1, 0, 1], [0, 1, 0]], np.float32))
+    contexts = set()
+    for _ in range(50):
+        contexts.add(tuple(baselines.mcn_sampling(path, rng, (3, 1), 3)[0].tolist()))
+    assert contexts <= {(1, 2, 1), (1, 1, 1)} and (1, 2, 1) in contexts
+
+
+def test_mcn_sampling_without_any_edge():
+    """Every item is its own context."""
+    nothing = sp.csr_matrix((4, 4), dtype=np.float32)
+    context = baselines.mcn_sampling(nothing, np.random.default_rng(0), (2, 1), 3)
+    assert torch.equal(context, torch.arange(4)[:, None].expand(4, 3))
+
+
+def test_diversity_attention_against_its_formula():
+    torch.manual_seed(2)
+    layer, h = baselines.DiverseLayer(6, 2, 0.3), torch.randn(2, 4, 6)
+    got = layer.attention(h)
+    for b in range(2):
+        for head in range(2):
+            part = slice(3 * head, 3 * head + 3)
+            q, k, e = layer.q(h[b])[:, part], layer.k(h[b])[:, part], layer.e(h[b])[:, part]
+            unlike = torch.zeros(4, 4)
+            for x in range(4):
+                for y in range(4):
+                    unlike[x, y] = 1 - torch.cosine_similarity(e[x], e[y], dim=0) + (x == y)
+            want = 0.7 * (q @ k.T / 3 ** 0.5).softmax(1) + 0.3 * unlike.softmax(1)
+            torch.testing.assert_close(got[b, head], want)
+
+
+def pmgt_views(rng):
+    """Unit rows of 20 items: texts of 4 numbers, images of 3, which the first five lack."""
+    features = {"T": rng.normal(size=(20, 4)),
+                "V": missing_in(range(5), rng.normal(size=(20, 3)))}
+    return baselines.unit_rows(features, "TV")
+
+
+def test_pmgt_masks_context_tokens_only():
+    rng = np.random.default_rng(26)
+    torch.manual_seed(0)
+    views = pmgt_views(rng)
+    model = baselines.PMGT(binary(rng, 40, 20, 0.2), views, 8, 10)
+    _, items, is_masked = model.encode_masked(torch.arange(20))
+    assert torch.equal(items[:, 0], torch.arange(20))
+    assert not is_masked[:, 0].any() and (is_masked.sum(1) == 2).all()
+    # A missing modality has no gate.
+    text_only = model.project[0](model.views[0][:5])
+    torch.testing.assert_close(model.fuse(torch.arange(5)), text_only)
+
+
+def test_pmgt_losses_against_the_loop():
+    """Cosines to a neighbour and to an item that shares no user; masked items' raw features."""
+    rng = np.random.default_rng(29)
+    # Ten items without users, which share none with themselves.
+    R = binary(rng, 20, 40, 0.06, empty_row=range(10)).T.tocsr()
+    A = (R.T @ R).toarray() > 0
+    np.fill_diagonal(A, False)
+    torch.manual_seed(0)
+    views = pmgt_views(rng)
+    raw = np.concatenate([view.numpy() for view in views.values()], 1)
+    model = baselines.PMGT(R, views, 8, 20)
+    encode, encode_masked = model.encode, model.encode_masked
+    encoded = {}
+
+    def spy(rows):
+        encoded["plain"] = encode(rows)
+        return encoded["plain"]
+
+    def spy_masked(rows):
+        encoded["masked"] = encode_masked(rows)
+        return encoded["masked"]
+
+    model.encode, model.encode_masked = spy, spy_masked
+    n_itself = 0
+    for _ in range(4):
+        loss = model.loss(torch.arange(20)).item()
+        h, items = encoded["plain"]
+        z, structure = model.pool(h[:, 0]), []
+
+        def cosine(a, b):
+            return F.cosine_similarity(z[a], z[b], dim=0)
+
+        for i in range(20):
+            near, far = items[20 + i, 0].item(), items[40 + i, 0].item()
+            n_itself += far == i < 10
+            if A[i].any():
+                assert A[i, near]
+                structure.append(F.softplus(-cosine(i, 20 + i)).item())
+            if far != i and not A[i, far]:
+                structure.append(F.softplus(cosine(i, 40 + i)).item())
+        h, items, is_masked = encoded["masked"]
+        features = []
+        for i, t in is_masked.nonzero().tolist():
+            j = items[i, t].item()
+            error = (model.feature(h[i, t]) - torch.from_numpy(raw[j])).square()
+            # The first five items have no image, the last three columns.
+            features.append(error[:4 if j < 5 else 7].sum().item())
+        assert loss == pytest.approx(np.mean(structure) + np.mean(features), rel=1e-4)
+    assert n_itself and A.any()
+
+
+# --- baselines.py: GCN-P ------------------------------------------------------------------
+
+def dense_nearest(x, k):
+    """[n, n]: of each row's k largest cosines those above 0, without the row itself."""
+    S, n = x @ x.T, len(x)
+    near = torch.zeros_like(S)
+    for a in range(n):
+        others = [b for b in range(n) if b != a]
+        for b in sorted(others, key=lambda b: -S[a, b])[:k]:
+            near[a, b] = S[a, b].clamp(min=0)
+    return near
+
+
+def test_gcnp_layers_and_loss_against_the_loop(monkeypatch):
+    rng = np.random.default_rng(30)
+    R = binary(rng, 12, 9, 0.3)
+    x = baselines.unit_rows({"T": rng.normal(size=(9, 4)) + 1}, "T")["T"]
+    A = ((R @ R.T).toarray() > 0) * (1 - np.eye(12))
+    torch.manual_seed(0)
+    model = baselines.GCNP(R, None, x, 6, 100, k=4)
+    for bias in model.biases:
+        torch.nn.init.normal_(bias)
+    outputs = []
+    for side, S in enumerate((torch.from_numpy(A).float(), dense_nearest(x, 4))):
+        h = model.tables[side]
+        for W in model.layers[side]:
+            degree = S.sum(1, keepdim=True)
+            mean = S @ h / torch.where(degree > 0, degree, 1)
+            h = F.normalize(torch.tanh((mean + h) @ W.weight.T + W.bias))
+        outputs.append(h)
+    for got, want in zip(model.embed(), outputs):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    users = torch.tensor([0, 3, 5])
+    pos_items, neg_items = torch.tensor([1, 2, 0]), torch.tensor([4, 4, 8])
+    has_any = torch.ones(3, dtype=torch.bool)
+    monkeypatch.setattr(baselines, "draw_columns", lambda matrix, rows: (pos_items, has_any))
+    model.sample_negatives = lambda users, m: neg_items[:, None]
+
+    def probability(u, i):
+        score = outputs[0][u] @ outputs[1][i] + model.biases[0][u] + model.biases[1][i]
+        return torch.sigmoid(score).item()
+
+    want = 0
+    for u, i, j in zip(users, pos_items, neg_items):
+        want += (-np.log(probability(u, i)) - np.log(1 - probability(u, j))) / 3
+    assert model.loss(users).item() == pytest.approx(want, rel=1e-4)
+
+
+def test_gcnp_graph_against_the_dense_one():
+    """The 20 nearest against a sort, with the gradient; chunks do not matter."""
+    rng = np.random.default_rng(27)
+    x = F.normalize(torch.from_numpy(rng.normal(size=(30, 8)) + 1)).float()
+    h = torch.from_numpy(rng.normal(size=(30, 3))).float().requires_grad_()
+    g = torch.from_numpy(rng.normal(size=(30, 3))).float()
+    S = dense_nearest(x, 20)
+    graph = baselines.NeighbourGraph(baselines.nearest_neighbours(x, 20, 7))
+    got, want = graph(h), S / S.sum(1, keepdim=True) @ h
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    got_grad, want_grad = torch.autograd.grad(got, h, g), torch.autograd.grad(want, h, g)
+    torch.testing.assert_close(got_grad, want_grad, rtol=1e-4, atol=1e-5)
+
+
+# --- baselines.py: the command line -------------------------------------------------------
+
+TRAINED = ("mmgcn", "gptgnn", "graphbert", "pmgt", "gcnp")
+ON_SHOP = ("--data", "shop", "--dim", 8, "--out", "b.npz")
+
+
+def pretrain(method, *flags):
+    """The exit code of paper.baselines on the shop."""
+    return call(baselines.main, "--method", method, *ON_SHOP, *flags)
+
+
+def report_of(path):
+    return data.load_embeddings(path)["meta"]["report"]
+
+
+@pytest.mark.parametrize("method", baselines.METHODS)
+def test_every_baseline_initialises_finetuning(shop_folder, capsys, method):
+    """Its loss falls, validation chooses the rate, its emb.npz fine-tunes; twice the same."""
+    flags = ("--epochs", 12, "--batch", 64, "--eval-every", 3)
+    assert pretrain(method, *flags, "--lr", 0.01) == 0
+    arrays = data.load_embeddings("b.npz")
+    assert arrays["item"].shape == (30, 8)
+    assert ("user" in arrays) == (method in ("random", "mmgcn", "gcnp"))
+    # Ready features are not CLIP's.
+    assert arrays["meta"]["method"] == ("text+image" if method == "clip" else method)
+    if method in TRAINED:
+        report = arrays["meta"]["report"]
+        assert report["history"][-1]["loss"] < report["history"][0]["loss"]
+        assert pretrain(method, *flags, "--lr", 1e-6, 0.01, "--out", "two.npz") == 0
+        two = data.load_embeddings("two.npz")
+        slow, fast = two["meta"]["report"]["trials"]
+        assert two["meta"]["report"]["recall@20"] == max(slow["recall@20"], fast["recall@20"])
+        # The same method, rate and seed a second time.
+        assert fast | {"seconds": 0} == report["trials"][0] | {"seconds": 0}
+        is_better = fast["recall@20"] > slow["recall@20"]
+        assert two["meta"]["report"]["lr"] == (0.01 if is_better else 1e-6)
+        if is_better:
+            assert np.array_equal(two["item"], arrays["item"])
+    assert call(finetune.main, "--init", "b.npz", "--epochs", 1) == 0
+    assert "test, init b.npz" in capsys.readouterr().out
+
+
+def test_rates_that_were_finished_outlive_an_interruption(shop_folder, capsys, monkeypatch):
+    train, rates = baselines.pretrain, []
+
+    def stop_at_the_third(args, parts, features, lr):
+        rates.append(lr)
+        if len(rates) == 3:
+            raise KeyboardInterrupt
+        return train(args, parts, features, lr)
+
+    monkeypatch.setattr(baselines, "pretrain", stop_at_the_third)
+    assert pretrain("mmgcn", "--epochs", 2, "--eval-every", 1) == 2
+    report = report_of("b.npz")
+    assert [trial["lr"] for trial in report["trials"]] == rates[:2]
+    assert report["recall@20"] == max(trial["recall@20"] for trial in report["trials"])
+    out, err = capsys.readouterr()
+    assert "lr 0.001: loss" in out and "interrupted" in err
+
+
+def test_baseline_at_rates_that_diverge(shop_folder, capsys):
+    """What another rate found is kept; nothing that is not finite is written."""
+    flags = ("--epochs", 2, "--eval-every", 1)
+    for epochs in (1, 2):  # one: the loss is still finite, the tables no more
+        assert pretrain("mmgcn", *flags, "--lr", 1e30, "--epochs", epochs) == 2
+        assert "not finite" in capsys.readouterr().err and not Path("b.npz").exists()
+    assert pretrain("mmgcn", *flags, "--lr", 1e30, 0.01) == 0
+    report = report_of("b.npz")
+    assert report["lr"] == 0.01 and len(report["trials"]) == 1
+    assert "not finite" in capsys.readouterr().out
+
+
+def test_baseline_without_validation(shop_folder, capsys):
+    """One rate, no recall, the last epoch."""
+    flags = ("--epochs", 2, "--eval-every", 1, "--valid", 0)
+    assert pretrain("mmgcn", *flags, "--lr", 1e-3, 0.01) == 2
+    assert "nothing chooses among several learning rates" in capsys.readouterr().err
+    assert pretrain("mmgcn", *flags, "--lr", 0.01) == 0
+    report = report_of("b.npz")
+    assert report["recall@20"] is None and report["epoch"] == 2
+    assert "Recall" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("method, n_heads", [("gptgnn", 4), ("graphbert", 2), ("pmgt", 2)])
+def test_width_that_the_heads_do_not_divide(shop_folder, capsys, method, n_heads):
+    assert pretrain(method, "--dim", 9) == 2
+    assert f"{n_heads} attention heads" in capsys.readouterr().err
+    assert pretrain(method, "--dim", n_heads, "--epochs", 1, "--lr", 0.01) == 0
+
+
+def test_rate_of_a_baseline_is_above_0(shop_folder, capsys):
+    assert pretrain("mmgcn", "--lr", 0.01, 0) == 2
+    assert "--lr must be above 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", ["clip", *TRAINED])
+@pytest.mark.parametrize("modality", ["T", "V"])
+def test_baselines_take_a_single_modality(shop_folder, method, modality):
+    flags = ("--epochs", 2, "--lr", 0.01, "--modalities", modality)
+    assert pretrain(method, *flags) == 0
+
+
+@pytest.mark.parametrize("method", baselines.METHODS)
+def test_baselines_on_interactions_alone(tmp_path, capsys, monkeypatch, method):
+    """GCN-P falls back on co-interaction graphs; what needs features says there is nothing."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bare").mkdir()
+    pairs = shop(np.random.default_rng(0))[0]
+    run.write_csv(tmp_path / "bare/interactions.csv", ("user", "item"), pairs)
+    code = pretrain(method, "--data", "bare", "--epochs", 2, "--lr", 0.01)
+    assert code == (0 if method in ("random", "gcnp") else 2)
+    assert code == 0 or f"nothing for --method {method}" in capsys.readouterr().err
+
+
+# --- reproduce.py: sweeps on the shop, in this process ------------------------------------
+
+MAINS = {"mmcpr.py": mmcpr.main, "baselines.py": baselines.main, "finetune.py": finetune.main}
+PATH_FLAGS = ("--out", "--metrics", "--init")
+
+# What a script has written, by all that this depends on: many sweeps below run the same cells.
+WRITTEN = {}
+
+
+def split_command(command):
+    """(script, flags) of a command of reproduce.py."""
+    if command[1] == "-m":
+        return "baselines.py", command[3:]
+    return Path(command[1]).name, command[2:]
+
+
+def run_script(script, flags):
+    """Runs a script for two epochs; None, or what it said where it failed.
+
+    From the same flags, data and tables as before it writes what it wrote then.
+    """
+    digest, output = hashlib.sha256(script.encode()), None
+    for flag, value in zip(flags, [*flags[1:], ""]):
+        if flag.startswith("--data="):
+            folder = Path(flag.split("=")[1])
+            for path in sorted(folder.iterdir()):
+                digest.update(path.name.encode() + path.read_bytes())
+        elif flag.startswith("--data-dir="):
+            pass
+        elif flag in ("--out", "--metrics"):
+            output = Path(value)
+        elif flag == "--init" and value != "random":
+            digest.update(Path(value).read_bytes())
+        elif str(output) != flag and not flag.endswith(".npz"):
+            digest.update(flag.encode() + b"\0")
+    key = digest.hexdigest()
+    if key not in WRITTEN:
+        with contextlib.redirect_stderr(io.StringIO()) as err:
+            code = call(MAINS[script], *flags, "--epochs", 2, "--eval-every", 1)
+        WRITTEN[key] = (err.getvalue(), None) if code else (None, output.read_bytes())
+    error, content = WRITTEN[key]
+    if content is not None:
+        output.write_bytes(content)
+    return error
+
+
+class Sweeps:
+    """Runs reproduce.py's targets on the shop, with scripts that train for two epochs.
+
+    ran: the commands that were started, (script, *flags) each. fails: a function of such a
+    command, the error that it ends with or None.
+    """
+
+    def __init__(self):
+        self.ran, self.fails = [], lambda command: None
+
+    def side_by_side(self, commands, jobs, keep, title, folder):
+        """Stands in for reproduce.run_side_by_side: in this process, one by one."""
+        for key, command in commands.items():
+            script, flags = split_command(command)
+            self.ran.append((script, *flags))
+            error = run_script(script, flags)
+            keep(key, self.fails(self.ran[-1]) or error)
+
+    def target(self, *argv):
+        """The exit code of reproduce.py."""
+        return call(reproduce.main, *argv, "--data", "shop")
+
+    def ran_script(self, script):
+        return [command for command in self.ran if command[0] == script]
+
+
+@pytest.fixture
+def sweep(shop_folder, monkeypatch):
+    sweeps = Sweeps()
+    monkeypatch.setattr(reproduce, "run_side_by_side", sweeps.side_by_side)
+    return sweeps
+
+
+@pytest.fixture(scope="module")
+def all_made(tmp_path_factory):
+    """Every target from an empty folder, with two seeds: (sweeps, folder, what was printed)."""
+    folder, sweeps = tmp_path_factory.mktemp("all"), Sweeps()
+    write_shop(folder / "shop")
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
+        patch.chdir(folder)
+        patch.setattr(reproduce, "run_side_by_side", sweeps.side_by_side)
+        assert sweeps.target("all", "--seeds", 0, 1) == 0
+    return sweeps, folder, out.getvalue()
+
+
+@pytest.fixture
+def all_targets(all_made, monkeypatch):
+    """The same in the working directory: (sweeps, what was printed)."""
+    sweeps, folder, out = all_made
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(reproduce, "run_side_by_side", sweeps.side_by_side)
+    return sweeps, out
+
+
+FOLDER = Path("paper/results/shop")
+SHORT = ("--seeds", 0, "--rates", "1e-2")
+
+
+def cell_files():
+    return sorted(FOLDER.glob("cells/*.json"))
+
+
+def read_cells():
+    return [json.loads(path.read_text()) for path in cell_files()]
+
+
+def table_row(table, name):
+    """The texts of a row of a table in Markdown."""
+    for line in (FOLDER / f"{table}.md").read_text().splitlines():
+        if line.startswith(f"| {name} |"):
+            return line.strip("| ").split(" | ")
+    return None
+
+
+def mean_text(values):
+    return f"{np.mean(values):.4f} ± {np.std(values, ddof=1):.4f}"
+
+
+def files_made():
+    """{name: bytes} of the tables."""
+    return {path.name: path.read_bytes() for path in FOLDER.glob("*.[mc]*")}
+
+
+def test_all_tables_and_figures_are_made(all_targets):
+    """They stand in files and on the screen; a second call runs nothing and makes the same."""
+    sweep, out = all_targets
+    for name in ("table1", "table2", "table3", "fig3", "fig4", "scale"):
+        assert (FOLDER / f"{name}.md").read_text().strip() in out
+    for name in ("fig3", "fig4", "training", "attention", "scale"):
+        assert Image.open(FOLDER / f"{name}.png").size[0] > 300
+    for name in ("Random", "Random at the RMS of MMCPR as is", "text+image", "MMGCN", "GPT-GNN",
+                 "Graph-BERT", "PMGT", "GCN-P", "MMCPR without reviews", "MMCPR"):
+        assert table_row("table2", name)
+    before, n_ran = files_made(), len(sweep.ran)
+    assert sweep.target("all", "--seeds", 0, 1) == 0
+    assert len(sweep.ran) == n_ran and before == files_made()
+    assert not (FOLDER / "table1.csv").exists()
+
+
+def test_rows_are_the_means_of_the_cells_run_with_their_flags(all_targets):
+    cells = read_cells()
+    random = []
+    for cell in cells:
+        if cell["pretraining"] is None and not cell["finetuning"]:
+            random.append(cell["finetune"]["test"]["recall@20"])
+    assert len(random) == 2 and table_row("table2", "Random")[1] == mean_text(random)
+    # Of MMCPR's variants: those with its flags, from the scale that was chosen.
+    variants = [("table3", "w/o BCE (λ = 1)", {"--lam", "1"}),
+                ("fig3", "VG", {"--modalities", "VG"}),
+                ("fig4", "softmax, λ = 0.4", {"--lam", "0.4"}),
+                ("fig4", "bce, λ = 0.6", {"--lam", "0.6", "--cima", "bce"})]
+    ours = [cell for cell in cells if cell["pretraining"] and cell["pretraining"][0] == "mmcpr.py"]
+    start = next(cell["finetuning"] for cell in ours if "0.4" in cell["pretraining"])
+    for table, row, flags in variants:
+        values = []
+        for cell in ours:
+            if set(cell["pretraining"][3:]) == flags and cell["finetuning"] == start:
+                values.append(cell["finetune"]["test"]["ndcg@40"])
+        assert len(values) == 2 and table_row(table, row)[5] == mean_text(values)
+
+
+def test_every_run_stands_in_the_csv_once(all_targets):
+    """And says what its cell says."""
+    with open(FOLDER / "table2.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    by_command = {(row["pretraining"], row["finetuning"], row["seed"]): row for row in rows}
+    # The choice: six systems at three rates and two scales, text+image at two scales, Random.
+    # The other seed of eight systems. Two more rows of MMCPR's, two seeds each.
+    assert len(by_command) == len(rows) == (6 * 3 * 2 + 2 + 1) + 8 + 2 * 2
+    for cell in read_cells():
+        pretraining = cell["pretraining"] or ["random"]
+        finetuning = ["finetune.py", *cell["finetuning"]]
+        row = by_command.get((" ".join(pretraining), " ".join(finetuning), str(cell["seed"])))
+        is_variant = {"--lam", "--cima", "--modalities"} & set(pretraining)
+        if is_variant and "TVG" not in pretraining:
+            assert row is None  # of other tables
+        elif row:
+            found = cell["finetune"]
+            assert float(row["recall@60"]) == pytest.approx(found["test"]["recall@60"], abs=1e-6)
+            assert int(row["epoch"]) == found["epoch"]
+    assert ("random", "finetune.py", "0") in by_command
+    assert ("random", "finetune.py", "1") in by_command
+
+
+def test_learning_rate_and_scale_are_the_validations_choice(sweep):
+    assert sweep.target("table3", "--seeds", 3, "--rates", "1e-3", "1e-1") == 0
+    trials, chosen = {}, set()
+    for cell in read_cells():
+        choice = (cell["pretraining"][2], *cell["finetuning"])
+        if "--lam" in cell["pretraining"]:
+            chosen.add(choice)
+        else:
+            trials[choice] = cell["finetune"]["valid"]["recall@20"]
+    xavier = ("--scale", "xavier")
+    assert set(trials) == {("1e-3",), ("1e-1",), ("1e-3", *xavier), ("1e-1", *xavier)}
+    assert len(chosen) == 1 and trials[chosen.pop()] == max(trials.values())
+    # Both scales start from the same tables.
+    assert len([c for c in sweep.ran_script("mmcpr.py") if "--lam" not in c]) == 2
+
+
+def test_not_trained_is_what_it_says():
+    """The control's flags leave the towers where their seed drew them."""
+    rng = np.random.default_rng(0)
+    train, text = binary(rng, 40, 30, 0.2), rng.normal(size=(30, 8)).astype(np.float32)
+    args = mmcpr.arguments().parse_args([*reproduce.UNTRAINED, "--seed", "3"])
+    parts = Namespace(train=train, valid=sp.csr_matrix((40, 30)))
+    user, item, _ = mmcpr.pretrain(parts, {"T": text}, args)
+    torch.manual_seed(3)
+    model = mmcpr.MMCPR(train, {"T": text}, args.modalities, args.dim, args.layers, args.bias)
+    drawn_user, drawn_item, _ = model.embed()
+    np.testing.assert_allclose(user, drawn_user, atol=1e-7)
+    np.testing.assert_allclose(item, drawn_item, atol=1e-7)
+
+
+def test_patience_of_a_sweep_is_that_of_every_pretraining(sweep):
+    assert sweep.target("table2", *SHORT, "--patience", 7) == 0
+    trained = sweep.ran_script("mmcpr.py")
+    trained += [c for c in sweep.ran_script("baselines.py") if "clip" not in c]
+    assert len(trained) == 7
+    for command in trained:
+        assert command[command.index("--patience") + 1] == "7"
+    assert "1e-2" in table_row("table2", "MMCPR")
+
+
+def test_sweep_with_a_failing_cell_names_it_and_goes_on(sweep, capsys):
+    """Nothing is started after it; the same command runs what is missing, and only that."""
+    def sixth_fails(command):
+        return "the disk is gone" if len(sweep.ran) == 6 else None
+
+    sweep.fails = sixth_fails
+    assert sweep.target("scale", "--seeds", 0) == 2
+    assert "finetune.py" in sweep.ran[5] and len(sweep.ran) == 6
+    assert "the disk is gone" in capsys.readouterr().err
+    done = sweep.ran[:5]
+    sweep.ran, sweep.fails = [], lambda command: None
+    assert sweep.target("scale", "--seeds", 0) == 0
+    assert not set(done) & set(sweep.ran)
+
+
+def test_what_an_interrupted_pretraining_left_is_not_used(sweep, capsys):
+    """mmcpr.py writes its best so far when interrupted, and ends with 2: it is trained again."""
+    def interrupted(command):
+        return "interrupted at epoch 1" if command[0] == "mmcpr.py" else None
+
+    sweep.fails = interrupted
+    assert sweep.target("scale", "--seeds", 0) == 2
+    assert "interrupted at epoch 1" in capsys.readouterr().err
+    stopped = sweep.ran_script("mmcpr.py")
+    sweep.ran, sweep.fails = [], lambda command: None
+    assert sweep.target("scale", "--seeds", 0) == 0
+    assert set(stopped) <= set(sweep.ran)
+
+
+def diverging_at(value):
+    """A sweep's `fails`: commands with this flag's value diverge."""
+    def fails(command):
+        if value in command:
+            return f"error: the loss is not finite at epoch 3; lower --lr (now {value})"
+        return None
+    return fails
+
+
+def test_rate_at_which_training_diverges_is_not_chosen(sweep, capsys):
+    """It loses the choice; where a cell of a table diverges, the sweep stops and says so."""
+    rates = ("--rates", "1e-2", "1e-3")
+    sweep.fails = diverging_at("1e-2")
+    assert sweep.target("table3", "--seeds", 0, *rates) == 0
+    for cell in read_cells():
+        assert "diverged" in cell or "1e-3" in cell["pretraining"]
+    # And it is not tried a second time.
+    sweep.ran = []
+    assert sweep.target("table3", "--seeds", 0, *rates) == 0 and not sweep.ran
+    # Neither pre-training nor fine-tuning.
+    for seed, value in ((1, "1"), (2, "xavier")):
+        sweep.fails = diverging_at(value)  # of --lam, of --scale
+        code = sweep.target("table3", "--seeds", seed, "--rates", "1e-3")
+        assert code == (2 if value == "1" else 0)
+    assert "not finite" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"seed": 0}'])
+def test_damaged_cell_is_named(sweep, capsys, content):
+    assert sweep.target("table3", *SHORT) == 0
+    path = cell_files()[0]
+    path.write_text(content)
+    sweep.ran = []
+    assert sweep.target("table3", *SHORT) == 2
+    message = f"{path.name}: damaged; delete it and run the same command again"
+    assert message in capsys.readouterr().err and not sweep.ran
+    path.unlink()
+    assert sweep.target("table3", *SHORT) == 0
+
+
+def test_damaged_tables_are_named(sweep, capsys):
+    assert sweep.target("table3", *SHORT) == 0
+    for path in cell_files():
+        path.unlink()
+    for path in FOLDER.glob("tables/*.npz"):
+        path.write_bytes(b"PK")
+    assert sweep.target("table3", *SHORT) == 2
+    message = "npz: damaged; delete it and run the same command again"
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags, words", [
+    (("--seeds", 0, 0), "--seeds names one twice"),
+    (("--rates", "1e-2", "0.01"), "--rates names one twice"),
+    (("--valid", 0), "--valid 0 leaves nothing to choose")])
+def test_flags_of_a_sweep(sweep, capsys, flags, words):
+    assert sweep.target("table3", *flags) == 2 and words in capsys.readouterr().err
+    assert not sweep.ran
+
+
+@pytest.mark.parametrize("rate", ["abc", "-1", "nan"])
+def test_rates_that_are_none(sweep, rate):
+    with pytest.raises(SystemExit):
+        sweep.target("table3", f"--rates={rate}")
+    assert not sweep.ran
+
+
+def test_gain_is_relative_and_paired():
+    ours, other = np.array([0.12, 0.22, 0.33]), np.array([0.1, 0.2, 0.3])
+    # t = (.07 / 3) / (.00577 / sqrt 3) = 7, two degrees of freedom
+    assert reproduce.gain(ours, other) == "+11.7% (p = 0.020)"
+    assert reproduce.gain(other, ours).startswith("-10.4%")
+
+
+def test_tables_of_interactions_alone(sweep, shop_folder):
+    """What needs features or pairs is left out; the rest is there, with one seed too."""
+    remove_contents(shop_folder)
+    for name in ("table2", "table3", "fig4", "scale"):
+        assert sweep.target(name, "--seeds", 0) == 0
+    for name in ("Random", "GCN-P", "MMCPR"):
+        assert table_row("table2", name)
+    assert table_row("table2", "PMGT") is None
+    assert "λ" not in (FOLDER / "table3.md").read_text()
+    assert "CIMA" not in (FOLDER / "scale.md").read_text()
+    assert not (FOLDER / "fig4.md").exists()  # CIMA has nothing to align
+    # The graphs are all there is: the cells of Table 2.
+    sweep.ran = []
+    assert sweep.target("fig3", "--seeds", 0) == 0
+    assert not sweep.ran and table_row("fig3", "G")
+
+
+def test_what_is_not_the_default_stands_in_the_title(sweep):
+    flags = ("--valid", 0.2, "--min-count", 2, "--encoder", "tiny")
+    assert sweep.target("table3", *SHORT, *flags) == 0
+    title = "# Table 3, shop, seeds 0, rates 1e-2, valid 0.2, min count 2, encoder tiny\n"
+    assert (FOLDER / "table3.md").read_text().startswith(title)
+    assert sweep.target("table1", "--min-count", 2) == 0
+    assert (FOLDER / "table1.md").read_text().startswith("# Table 1, min count 2\n")
+
+
+def test_the_papers_figure_stands_in_its_own_row(sweep, tmp_path):
+    """Also where only one of the three rows can be made."""
+    for n_rows in (3, 1):
+        folder = tmp_path / str(n_rows) / "vg"
+        folder.parent.mkdir()
+        write_shop(folder)
+        if n_rows == 1:
+            remove_contents(folder)
+        code = call(reproduce.main, "table3", "--data", folder, *SHORT,
+                    "--results", folder.parent / "results")
+        assert code == 0
+        last = []
+        for line in (folder.parent / "results/vg/table3.md").read_text().splitlines():
+            if line.startswith(("| w/o", "| MMCPR")):
+                last.append(line.split(" | ")[-1])
+        assert last == ["0.1898 |", "0.1729 |", "0.1939 |"][-n_rows:]
+
+
+# --- reproduce.py: which cells are the same -----------------------------------------------
+
+def test_changed_defaults_and_data_are_other_cells(tmp_path, monkeypatch):
+    cells = reproduce.Cells((), (), "abc", tmp_path, 1)
+    cell = reproduce.Cell(("mmcpr.py", "--lam", "0"), (), 0)
+    name = cells.cell_path(cell)
+    same = reproduce.Cell(("mmcpr.py", "--lam", "0.0"), ("--scale", "asis"), 0)
+    assert name == cells.cell_path(same)
+    other_data = reproduce.Cells((), (), "abd", tmp_path, 1)
+    others = {cells.cell_path(cell._replace(seed=1)),
+              cells.cell_path(cell._replace(pretraining=None)), other_data.cell_path(cell)}
+    assert name not in others and len(others) == 3
+    arguments = mmcpr.arguments
+
+    def with_another_tau():
+        parser = arguments()
+        parser.set_defaults(tau=0.2)
+        return parser
+
+    monkeypatch.setattr(mmcpr, "arguments", with_another_tau)
+    assert name != cells.cell_path(cell)
+
+
+def test_changed_features_and_held_out_parts_are_other_cells(sweep, shop_folder):
+    assert sweep.target("fig4", *SHORT) == 0
+    n_cells = len(cell_files())
+    text = np.load(shop_folder / "item_text.npy")
+    np.save(shop_folder / "item_text.npy", 2 * text)
+    assert sweep.target("fig4", *SHORT) == 0
+    assert len(cell_files()) == 2 * n_cells
+    assert sweep.target("fig4", *SHORT, "--valid", 0.2) == 0
+    assert len(cell_files()) == 3 * n_cells
+
+
+def test_sweep_goes_on_where_the_data_has_moved(sweep, shop_folder, tmp_path):
+    assert sweep.target("table3", *SHORT) == 0
+    for path in cell_files():
+        path.unlink()
+    (tmp_path / "elsewhere").mkdir()
+    shop_folder.rename(tmp_path / "elsewhere/shop")
+    sweep.ran = []
+    assert call(reproduce.main, "table3", *SHORT, "--data", "elsewhere/shop") == 0
+    assert sweep.ran and sweep.ran_script("finetune.py") == sweep.ran
+
+
+# --- reproduce.py: scripts in processes of their own --------------------------------------
+
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+    """A folder that reproduce.py takes for the project's: the test's own scripts are in it."""
+    monkeypatch.setattr(reproduce, "ROOT", tmp_path)
+    (tmp_path / "paper").mkdir()
+    return tmp_path
+
+
+def wait_for(condition, seconds=30):
+    """Whether the condition came true in time."""
+    deadline = time.time() + seconds
+    while not condition() and time.time() < deadline:
+        time.sleep(0.01)
+    return condition()
+
+
+WAITING = """import os, pathlib, signal, sys, time
+def stop(*_):
+    pathlib.Path(f"stopped{os.getpid()}").touch()
+    time.sleep(0.2)
+    pathlib.Path(f"saved{os.getpid()}").touch()
+    sys.exit(2)
+signal.signal(signal.SIGTERM, stop)
+pathlib.Path(f"started{os.getpid()}").touch()
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_sweep_that_is_stopped_takes_its_runs_along_and_starts_no_more(root, number):
+    """The signal reaches the scripts that are running, which save; they are waited for."""
+    (root / "mmcpr.py").write_text(WAITING)
+    folder = root / "cells"
+
+    def kill():
+        wait_for(lambda: len(list(folder.glob("started*"))) == 2)
+        os.kill(os.getpid(), number)
+
+    cells = [reproduce.Cell(("mmcpr.py", "--lam", lam), (), 0) for lam in ("0", "0.5", "1")]
+    handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    thread = threading.Thread(target=kill)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        reproduce.Cells((), (), "abc", root, 2).run(cells, "cells")
+    thread.join()
+    assert len(list(folder.glob("started*"))) == len(list(folder.glob("saved*"))) == 2
+    assert handlers == (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT))
+
+
+def test_cell_that_is_finished_while_the_sweep_is_stopped_is_kept(root, monkeypatch):
+    """The signal comes when fine-tuning has its result but has not ended."""
+    (root / "finetune.py").write_text(
+        "import json, pathlib, signal, sys, time\n"
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "pathlib.Path('started').touch()\ntime.sleep(0.3)\n"
+        "path = sys.argv[sys.argv.index('--metrics') + 1]\n"
+        "pathlib.Path(path).write_text(json.dumps({'test': {'recall@20': 0.5}}))\n")
+    cells = reproduce.Cells((), (), "abc", root, 1)
+    cell = reproduce.Cell(None, (), 0)
+
+    def kill():
+        wait_for((root / "cells/started").exists)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        cells.run([cell], "cells")
+    thread.join()
+    assert cells.run([cell], "cells")[0]["finetune"]["test"] == {"recall@20": 0.5}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="nothing ends the scripts elsewhere")
+def test_sweep_that_is_killed_at_once_leaves_no_script_behind(tmp_path):
+    """kill -9 of a sweep: its scripts get SIGTERM."""
+    (tmp_path / "script.py").write_text(WAITING)
+    sweep = ("import sys\nfrom pathlib import Path\nfrom paper import reproduce\n"
+             "commands = {n: [sys.executable, '../script.py'] for n in range(2)}\n"
+             "reproduce.run_side_by_side(commands, 2, print, 'scripts', Path('cells'))\n")
+    (tmp_path / "cells").mkdir()
+    environment = os.environ | {"PYTHONPATH": str(reproduce.ROOT)}
+    process = subprocess.Popen([sys.executable, "-c", sweep], cwd=tmp_path, env=environment,
+                               stderr=subprocess.DEVNULL)
+    started = tmp_path / "cells"
+    assert wait_for(lambda: len(list(started.glob("started*"))) == 2)
+    process.kill()
+    process.wait()
+    assert wait_for(lambda: len(list(started.glob("saved*"))) == 2)
+
+
+def test_cells_that_run_beside_a_failing_one_finish(root):
+    """baselines.py keeps no checkpoint: what it has computed would be lost."""
+    (root / "mmcpr.py").write_text(
+        "import pathlib, sys, time\n"
+        "while not pathlib.Path('started').exists(): time.sleep(0.01)\n"
+        "sys.exit('the cell that fails')\n")
+    (root / "paper/baselines.py").write_text(
+        "import pathlib, sys, time\npathlib.Path('started').touch()\ntime.sleep(0.5)\n"
+        "pathlib.Path('finished').touch()\n"
+        "pathlib.Path(sys.argv[sys.argv.index('--out') + 1]).touch()\n")
+    wanted = [reproduce.Cell(("mmcpr.py",), (), 0),
+              reproduce.Cell(("baselines.py", "--method", "pmgt"), (), 0),
+              reproduce.Cell(("baselines.py", "--method", "mmgcn"), (), 0)]
+    cells = reproduce.Cells((), (), "abc", root, 2)
+    with pytest.raises(run.InputError, match="mmcpr.py, seed 0: the cell that fails"):
+        cells.run(wanted, "cells")
+    assert (root / "cells/finished").exists() and cells.table_path(wanted[1]).exists()
+    assert not cells.table_path(wanted[2]).exists()  # not started any more
+
+
+def test_script_that_ends_without_a_word_is_named(root):
+    (root / "mmcpr.py").write_text("import sys\nsys.exit(3)\n")
+    cells = reproduce.Cells((), (), "abc", root, 1)
+    with pytest.raises(run.InputError, match="mmcpr.py, seed 0: ended with 3"):
+        cells.run([reproduce.Cell(("mmcpr.py",), (), 0)], "cells")
+
+
+def test_cells_side_by_side_through_the_command_line(tmp_path):
+    """Nothing replaced: two jobs, real processes; what the data lacks is left out."""
+    write_shop(tmp_path / "shop")
+    remove_contents(tmp_path / "shop")
+    command = [sys.executable, "-m", "paper.reproduce", "table3", "--data", "shop", "--seeds", "0",
+               "--rates", "1e-2", "--patience", "1", "--jobs", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(reproduce.ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / FOLDER
+    table3 = (folder / "table3.md").read_text()
+    assert table3.strip() in done.stdout and "| MMCPR |" in table3
+    assert "seeds 0, rates 1e-2, patience 1\n" in table3
+    # Both scales start from the same tables; no checkpoint, no part, no metrics are left.
+    assert len(list(folder.glob("tables/*"))) == 1
+    assert all(path.suffix == ".json" for path in folder.glob("cells/*"))
+    assert not list(tmp_path.glob("*.ckpt"))

@@ -1,0 +1,406 @@
+"""What every command shares: errors, whole files, argument types, processes, checkpoints.
+
+Nothing of the method is here. The scripts end with `sys.exit(run.cli(main))`.
+"""
+import argparse
+import contextlib
+import copy
+import csv
+import ctypes
+import errno
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+
+# --- Errors -------------------------------------------------------------------------------
+
+class InputError(Exception):
+    """What the user can mend: one line that names the file, the row and the remedy."""
+
+
+def disk_is_full(error):
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+
+
+def explain(error):
+    """The one line for an error that the user can mend; None for one that is ours."""
+    if isinstance(error, InputError):
+        return str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted; what was cached or written stays; run the same command again"
+    if disk_is_full(error):
+        name = error.filename or "while writing"
+        return f"the disk is full ({name}); free some space and run the same command again"
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    out_of_memory = re.search("out of memory|allocate memory", str(error))
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and out_of_memory):
+        return "not enough memory; lower --batch or --dim"
+    return None
+
+
+def keep_freed_memory():
+    """Tells glibc to keep what is freed, where there is glibc.
+
+    By default tables of this size go back to the system at every step, and the system clears
+    every page again at their next use.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never give the heap's end back
+        libc.mallopt(-4, 0)   # M_MMAP_MAX: large blocks come from the heap too
+
+
+def cli(main, argv=None):
+    """Runs a script's main(argv) and returns the exit code: 2, with one line, for InputError."""
+    keep_freed_memory()
+    try:
+        main(argv)
+        sys.stdout.flush()
+        return 0
+    except BrokenPipeError:
+        # Whoever read the output, `| head`, has gone. Python must not flush into it at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (Exception, KeyboardInterrupt) as error:
+        message = explain(error)
+        if message is None:
+            raise
+        print(f"error: {' '.join(message.split())}", file=sys.stderr)
+        return 2
+
+
+# --- Files that are whole or not there ----------------------------------------------------
+
+def write_file(path, write, mode="wb"):
+    """Writes a file through write(file) to a temporary name beside it, then renames it."""
+    path = Path(os.path.realpath(path))  # a link stays a link
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    text = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
+    try:
+        with open(temporary, mode, **text) as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_csv(path, header, rows):
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(header)
+        writer.writerows(rows)
+
+
+def make_folder(folder, key, write):
+    """`folder`, made by write(temporary folder) unless it is there already with this key.
+
+    source.json holds the key and is written last: with it the folder is whole.
+    """
+    source = folder / "source.json"
+    if source.exists() and source.read_text() == json.dumps(key):
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=folder.name + ".", dir=folder.parent) as name:
+        temporary = Path(name) / folder.name
+        temporary.mkdir()
+        write(temporary)
+        source.unlink(missing_ok=True)
+        # Files are moved into what is there, so that pictures fetched earlier stay.
+        shutil.copytree(temporary, folder, copy_function=os.replace, dirs_exist_ok=True)
+        write_file(source, lambda file: json.dump(key, file), "w")
+    return folder
+
+
+def check_outputs(*paths):
+    """InputError, before the work begins, where an output could not be written at its end.
+
+    A path is None where that output was not asked for.
+    """
+    paths = [path for path in paths if path is not None]
+    real = [os.path.realpath(path) for path in paths]
+    for path in paths:
+        remedy = "choose another output path"
+        if not path or real.count(os.path.realpath(path)) > 1:
+            raise InputError(f"an output path is empty or given twice ('{path}'); {remedy}")
+        try:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(
+                f"{path}: its folder cannot be made ({error.strerror}); {remedy}") from None
+        try:
+            # Renaming would replace a device, and cannot replace a folder.
+            if os.path.exists(path) and not os.path.isfile(path):
+                raise OSError
+            tempfile.TemporaryFile(dir=Path(os.path.realpath(path)).parent).close()
+        except OSError:
+            raise InputError(f"{path}: is no file, or lies in a folder that cannot be written; "
+                             f"{remedy}") from None
+
+
+# --- Argument types -----------------------------------------------------------------------
+
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """--help with each flag's default, unless its text names it already or there is none."""
+
+    def _get_help_string(self, action):
+        if action.default is None or "default" in (action.help or ""):
+            return action.help
+        return super()._get_help_string(action)
+
+
+def non_negative(text):
+    """argparse type: a whole number from 0 up."""
+    value = int(text)
+    if not 0 <= value < 1 << 63:
+        raise argparse.ArgumentTypeError("must be 0 or more, and below 2^63")
+    return value
+
+
+def positive(text):
+    """argparse type: a whole number from 1 up."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError("must be 1 or more")
+    return value
+
+
+def fraction(text):
+    """argparse type: a number from 0 to 1."""
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError("must lie between 0 and 1")
+    return value
+
+
+def device_name(text):
+    """argparse type: auto, cpu or cuda; auto is cuda where there is one."""
+    has_cuda = torch.cuda.is_available()
+    if text not in ("auto", "cpu", "cuda") or (text == "cuda" and not has_cuda):
+        raise argparse.ArgumentTypeError("auto, cpu, or cuda where torch finds one")
+    if text == "auto":
+        return "cuda" if has_cuda else "cpu"
+    return text
+
+
+def add_checkpoint_arguments(parser):
+    parser.add_argument("--resume", action="store_true",
+                        help="go on from the checkpoint of an interrupted run")
+    parser.add_argument("--checkpoint-every", type=non_negative, default=180, metavar="SECONDS",
+                        help="saved at the end of an epoch, where so long has passed")
+
+
+# --- Several processes, under torchrun ----------------------------------------------------
+#
+# All processes draw the same random numbers and hold all tables. Each takes every k-th row of
+# a step's work, gradients and losses are summed, and the first one reports and writes.
+
+@contextlib.contextmanager
+def processes(device):
+    """Joins the other processes where torchrun started several: gloo on CPUs, nccl on GPUs."""
+    if int(os.environ.get("WORLD_SIZE", 1)) < 2 or "LOCAL_RANK" not in os.environ:
+        yield
+        return
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(days=1))
+    silence = contextlib.redirect_stdout(io.StringIO())
+    with contextlib.nullcontext() if is_main_process() else silence:
+        yield
+    wait_for_all()
+    dist.destroy_process_group()
+
+
+def is_main_process():
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def wait_for_all():
+    """A process that leaves early would make torchrun end the others."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+@contextlib.contextmanager
+def main_process_first():
+    """What the first process downloads, extracts and caches is there for the others."""
+    if not is_main_process():
+        wait_for_all()
+    yield
+    if is_main_process():
+        wait_for_all()
+
+
+def my_share():
+    """The slice of a step's rows that this process takes: all of them, or every k-th."""
+    if not dist.is_initialized():
+        return slice(0, None, 1)
+    return slice(dist.get_rank(), None, dist.get_world_size())
+
+
+def all_sum(x):
+    """The tensor x, summed in place over all processes."""
+    if dist.is_initialized():
+        dist.all_reduce(x)
+    return x
+
+
+def sum_gradients(model):
+    """Adds up the gradients of all processes, so that all take the same step."""
+    if not dist.is_initialized():
+        return
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            all_sum(parameter.grad)
+
+
+# --- Checkpoints --------------------------------------------------------------------------
+
+def run_id(options, parts, arrays):
+    """Twelve hex digits of all that a run depends on: options, split, the arrays it starts from.
+
+    Part of a checkpoint's name, so that no run finds, overwrites or deletes another's.
+    """
+    sha = hashlib.sha256(json.dumps(options, sort_keys=True, default=str).encode())
+    for matrix in (parts.train, parts.valid, parts.test):
+        sha.update(np.ascontiguousarray(matrix.indptr))
+        sha.update(np.ascontiguousarray(matrix.indices))
+    for array in arrays:
+        sha.update(np.ascontiguousarray(array))
+    return sha.hexdigest()[:12]
+
+
+class Checkpoint:
+    """The state of a training run after its last whole epoch; --resume goes on bit for bit.
+
+        with Checkpoint(path, resume) as checkpoint:
+            progress = checkpoint.restore(model, optimizer) or {"epoch": 0, ...}
+            for epoch in range(progress["epoch"] + 1, ...):
+                ...
+                checkpoint.update(model, optimizer, progress)
+
+    The state is written when `every` seconds have passed, and at Ctrl-C or SIGTERM, which end
+    the loop with KeyboardInterrupt: the epoch under way is repeated. Of several processes all
+    finish their epoch first. results: what the run has finished, kept along. Without a path
+    nothing is written and no signal is caught.
+    """
+
+    def __init__(self, path=None, resume=False, every=180):
+        self.path, self.every = path, every
+        self.results, self.training = [], None
+        self.last_written, self.stop_asked = time.time(), False
+        self.handlers = {}
+        exists = path is not None and Path(path).exists()
+        if exists and resume:
+            with self.readable():
+                state = torch.load(path, map_location="cpu", weights_only=True)
+                self.results, self.training = state["results"], state["training"]
+        elif exists:
+            print(f"{path}: checkpoint of this run, interrupted; --resume would continue it, "
+                  "now it starts anew")
+        elif resume:
+            print(f"{path}: no checkpoint of this data and these options; "
+                  "starting from the beginning")
+
+    @contextlib.contextmanager
+    def readable(self):
+        """One line for a damaged file: zipfile, pickle and torch each raise their own."""
+        try:
+            yield
+        except Exception:
+            raise InputError(f"{self.path}: not a checkpoint of this version, or damaged; "
+                             "delete it and start anew") from None
+
+    def __enter__(self):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self.handlers[number] = signal.signal(number, self.on_signal)
+        return self
+
+    def __exit__(self, kind, *_):
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        if kind is KeyboardInterrupt:  # outside the training loop, at the last evaluation
+            self.write()
+
+    def on_signal(self, number, frame):
+        # One process that left its epoch would leave the others waiting for its gradients.
+        if dist.is_initialized() and not self.stop_asked:
+            self.stop_asked = True
+        else:
+            raise KeyboardInterrupt
+
+    def restore(self, model, optimizer):
+        """The interrupted run's progress, its model, optimiser and random state put back.
+
+        None where there is nothing to go on from.
+        """
+        if self.training is None:
+            return None
+        with self.readable():
+            model.load_state_dict(self.training["model"])
+            optimizer.load_state_dict(self.training["optimizer"])
+            torch.set_rng_state(self.training["random"])
+            progress = copy.deepcopy(self.training["progress"])
+            print(f"{self.path}: goes on after epoch {progress['epoch']}")
+        return progress
+
+    def update(self, model, optimizer, progress):
+        """At the end of an epoch. Raises KeyboardInterrupt where another process was asked to."""
+        if self.path is None:
+            return
+        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                 "random": torch.get_rng_state(), "progress": progress}
+        self.training = copy.deepcopy(state)  # training goes on in these tensors
+        if time.time() - self.last_written >= self.every:
+            self.write()
+        device = next(model.parameters()).device
+        if dist.is_initialized() and all_sum(torch.tensor(self.stop_asked * 1.0, device=device)):
+            raise KeyboardInterrupt
+
+    def finish(self, result):
+        """One of several runs of a command is over: its result is kept."""
+        self.results.append(result)
+        self.training = None
+        self.write()
+
+    def write(self):
+        self.last_written = time.time()
+        if self.path is None or not is_main_process():
+            return
+        state = {"results": self.results, "training": self.training}
+        try:
+            write_file(self.path, lambda file: torch.save(state, file))
+        except (OSError, RuntimeError) as error:  # RuntimeError: torch's own for a full disk
+            print(f"{self.path}: not saved ({str(error).splitlines()[0]})", file=sys.stderr)
+
+    def remedy(self):
+        """What to type after an interruption."""
+        if self.path and Path(self.path).exists():
+            return "the same command with --resume goes on"
+        return "there is no checkpoint yet; the same command starts anew"
+
+    def remove(self):
+        """At the end of a run that was not interrupted."""
+        if not is_main_process():
+            return
+        path = Path(self.path)
+        path.unlink(missing_ok=True)
+        # What a kill in the middle of writing has left.
+        for temporary in path.parent.glob(f".{path.name}.*.tmp"):
+            temporary.unlink()
