@@ -1,312 +1,31 @@
-"""A data set: its folder, its split, its features, and emb.npz, the hand-over file.
+"""A data set by its name: its filters, its split, its features, and emb.npz, the hand-over file.
 
     python data.py                        make the built-in demo set and its features
     python data.py --data vg              the paper's Video Games: downloads for hours, resumable
     python data.py --data path/to/folder  check your own data (format: README)
 
-Each prints the counts. Of the paper's method only `split` is here (its section 4.1.1).
+Each prints the counts. Of the paper's method only `split` is here (its section 4.1.1). What the
+files of a folder look like, and how they are read, is in folders.py.
 """
 import argparse
-import contextlib
-import csv
 import hashlib
 import json
 import os
-import re
 import shlex
 import sys
-from dataclasses import dataclass, field
+import zipfile
 from pathlib import Path
 from typing import NamedTuple
+
+import run  # before the libraries: from here on Ctrl-C ends in one line
 
 import numpy as np
 import scipy.sparse as sp
 
-import run
-from encode import extract
+import encode
+import pictures
+from folders import TEST, TRAIN, VALID, keep, read_folder
 from run import InputError
-
-TRAIN, VALID, TEST = 0, 1, 2
-
-
-@dataclass
-class Dataset:
-    """Unique interactions with their ids, and where each modality's content is.
-
-    Of a content '' means that there is none, and None that the data has no such column.
-    """
-    name: str
-    folder: Path
-    user_ids: np.ndarray              # unicode [n_users]
-    item_ids: np.ndarray              # unicode [n_items]
-    users: np.ndarray                 # int64 [n], index into user_ids
-    items: np.ndarray                 # int64 [n], index into item_ids
-    labels: np.ndarray | None = None  # int8 [n], a published split
-    texts: list | None = None         # str [n_items], descriptions
-    images: list | None = None        # str [n_items], paths inside folder
-    reviews: list | None = None       # str [n]
-    ready: dict = field(default_factory=dict)  # {modality: (feature file, its rows that are ours)}
-
-    @property
-    def n_users(self):
-        return len(self.user_ids)
-
-    @property
-    def n_items(self):
-        return len(self.item_ids)
-
-
-# --- Reading: a folder of CSV files, or one of MMRec's ----------------------------------------
-
-def read_folder(folder, contents=True):
-    """A folder data set: interactions.csv, items.csv, and ready .npy features.
-
-    interactions.csv: user, item[, review]. items.csv: item[, text][, image]. item_text.npy,
-    item_image.npy: one row per row of items.csv; review.npy: one per row of interactions.csv.
-    contents=False: texts, image paths and reviews are not kept.
-    """
-    path = folder / "interactions.csv"
-    not_kept = () if contents else ("review", "text", "image")
-    columns = read_csv(path, ("user", "item"), ("review",), skip=not_kept)
-    user_ids, users = index_of(columns["user"])
-    ready = {}
-    if (folder / "items.csv").exists():
-        catalogue = read_csv(folder / "items.csv", ("item",), ("text", "image"), skip=not_kept)
-        item_ids, items = look_up(columns["item"], catalogue["item"], path, folder / "items.csv")
-        check_image_paths(catalogue.get("image", ()), folder / "items.csv")
-        add_ready(ready, "T", folder / "item_text.npy", len(item_ids))
-        add_ready(ready, "V", folder / "item_image.npy", len(item_ids))
-    else:
-        # Without the catalogue nobody knows which row is which item's.
-        for name in ("item_text.npy", "item_image.npy"):
-            if (folder / name).exists():
-                raise InputError(f"{folder / name}: its rows are those of items.csv, "
-                                 "which is not there; add it (column: item)")
-        print(f"{folder.name}: no items.csv: no descriptions, no images")
-        catalogue = {}
-        item_ids, items = index_of(columns["item"])
-    add_ready(ready, "R", folder / "review.npy", len(users))
-    dataset = Dataset(
-        folder.name, folder, user_ids, item_ids, users, items, texts=catalogue.get("text"),
-        images=catalogue.get("image"), reviews=columns.get("review"), ready=ready)
-    return merge_duplicates(dataset)
-
-
-def read_mmrec(path):
-    """An MMRec folder: <name>.inter (userID itemID ... x_label), text_feat.npy, image_feat.npy."""
-    columns = read_csv(path, ("userID", "itemID", "x_label"), delimiter="\t")
-    numbers = {}
-    for name, values in columns.items():
-        for row, value in enumerate(values, 1):
-            if not re.fullmatch("[0-9]{1,7}", value):
-                raise InputError(f"{path}: data row {row}: {name} '{value}' "
-                                 "is not a whole number from 0 to 9,999,999")
-        numbers[name] = np.array(list(map(int, values)), np.int64)
-    labels = numbers["x_label"]
-    if labels.max() > TEST:
-        row = int(np.argmax(labels > TEST))
-        raise InputError(f"{path}: data row {row + 1}: x_label {labels[row]} "
-                         "is none of 0 (train), 1 (valid), 2 (test)")
-    user_ids, users = np.unique(numbers["userID"], return_inverse=True)
-    # The feature files have a row for each number, also for items that nobody has.
-    n_items = int(numbers["itemID"].max()) + 1
-    ready = {}
-    add_ready(ready, "T", path.parent / "text_feat.npy", n_items)
-    add_ready(ready, "V", path.parent / "image_feat.npy", n_items)
-    dataset = Dataset(
-        path.stem, path.parent, user_ids.astype(str), np.arange(n_items).astype(str),
-        users.astype(np.int64), numbers["itemID"], labels.astype(np.int8), ready=ready)
-    return merge_duplicates(dataset)
-
-
-def read_csv(path, required, optional=(), delimiter=",", skip=()):
-    """Columns of a UTF-8 CSV file with a header: {name: [str]}; those in `skip` are not kept.
-
-    InputError: no such file, not UTF-8, empty, a column is missing, a row with too few or too
-    many fields. Columns that are neither required nor optional are named in a printed line.
-    """
-    path = Path(path)
-    with open_csv(path, delimiter) as reader:
-        header = next(reader, None)
-        check_header(path, header, required, delimiter)
-        # A misspelt optional column would be lost in silence, so what is not read is named.
-        read = [name for name in header if name in required or name in optional]
-        unread = [name for name in header if name not in read]
-        if unread:
-            print(f"{path.parent.name}: {path.name} has {', '.join(read)} "
-                  f"(not read: {', '.join(unread)})")
-        # For each column that is kept: where its values go, and their place in a row.
-        columns, take = {}, []
-        for name in read:
-            if name not in skip:
-                columns[name] = []
-                take.append((columns[name].append, header.index(name)))
-        n_fields = len(header)
-        for row in reader:
-            if len(row) == n_fields:
-                for append, position in take:
-                    append(row[position])
-            elif row:  # a blank line is no row
-                raise InputError(f"{path}, row {bad_row(path, delimiter, n_fields)}: "
-                                 f"{len(row)} fields, the header has {n_fields}; "
-                                 "quote a field that contains the separator")
-    for name in required:
-        if "" in columns[name]:
-            row = columns[name].index("") + 1
-            raise InputError(f"{path}: data row {row} has no {name}; fill it in or remove the row")
-    if not columns[required[0]]:
-        raise InputError(f"{path}: the header is there, but no row follows it")
-    return columns
-
-
-@contextlib.contextmanager
-def open_csv(path, delimiter):
-    """The csv.reader of a file, whose errors become InputError."""
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            yield csv_reader(file, delimiter)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except UnicodeDecodeError:
-        raise InputError(
-            f"{path}, row {bad_line(path)}: not UTF-8; save the file as UTF-8") from None
-    except csv.Error as error:
-        raise InputError(f"{path}, row {bad_row(path, delimiter)}: {error}; mend that row: "
-                         "quotes closed, a quote inside a field doubled") from None
-
-
-def csv_reader(file, delimiter):
-    csv.field_size_limit(1 << 27)  # Python's own limit is 128 KiB, less than some reviews have
-    if delimiter == ",":
-        return csv.reader(file, strict=True)
-    return csv.reader(file, delimiter=delimiter, quoting=csv.QUOTE_NONE)
-
-
-def bad_row(path, delimiter, n_fields=None):
-    """The line where the row starts that cannot be read, or has not n_fields fields.
-
-    A quote that is not closed is noticed at the end of the file only: the row's start helps more.
-    """
-    line = 1
-    with (open(path, encoding="utf-8-sig", newline="") as file,
-          contextlib.suppress(csv.Error)):
-        reader = csv_reader(file, delimiter)
-        for row in reader:
-            if row and n_fields is not None and len(row) != n_fields:
-                break
-            line = reader.line_num + 1
-    return line
-
-
-def check_header(path, header, required, delimiter):
-    """InputError where the header lacks a required column or has one twice."""
-    if not header:
-        raise InputError(f"{path}: the file is empty; its first line must be the header "
-                         f"{delimiter.join(required)}")
-    for name in required:
-        if name not in header:
-            remedy = f"its columns are {', '.join(header)}"
-            if delimiter == "," and re.search("[;\t]", header[0]):
-                remedy = "separate the columns by commas"
-            raise InputError(f"{path}, row 1: no column '{name}'; {remedy}")
-    if len(set(header)) < len(header):
-        raise InputError(f"{path}, row 1: a column name occurs twice in {', '.join(header)}; "
-                         "remove one")
-
-
-def bad_line(path):
-    """The number of the line nearest the top that is not UTF-8."""
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                line.decode()
-            except UnicodeDecodeError:
-                return number
-
-
-def index_of(names):
-    """(ids in the order in which they appear, int64 index of each name)."""
-    table = {}
-    index = (table.setdefault(name, len(table)) for name in names)
-    index = np.fromiter(index, np.int64, len(names))
-    return np.array(list(table)), index
-
-
-def look_up(names, catalogue, path, catalogue_path):
-    """(ids of the catalogue, int64 index of each name); InputError: unknown or listed twice."""
-    row_of = {}
-    for row, name in enumerate(catalogue):
-        if name in row_of:
-            raise InputError(f"{catalogue_path}: data row {row + 1} lists item '{name}' "
-                             "a second time; remove one of them")
-        row_of[name] = row
-    # Checked before the array is made, so that the message can name the row.
-    for row, name in enumerate(names, 1):
-        if name not in row_of:
-            raise InputError(f"{path}: data row {row} has item '{name}', which is not in "
-                             f"{catalogue_path.name}; add it there or remove the row")
-    index = np.fromiter((row_of[name] for name in names), np.int64, len(names))
-    return np.array(catalogue), index
-
-
-def check_image_paths(images, path):
-    """InputError where a path of an image leads out of the data set's folder."""
-    for row, name in enumerate(images, 1):
-        if not name:
-            continue
-        if os.path.isabs(name) or os.path.normpath(name).split(os.sep)[0] == "..":
-            raise InputError(f"{path}: data row {row}: image '{name}' leaves the folder; "
-                             "use a path inside it")
-
-
-def add_ready(ready, modality, path, n_rows):
-    """Notes a ready feature file, checked, where there is one."""
-    if path.exists():
-        check_features(path, n_rows)
-        ready[modality] = (path, np.arange(n_rows))
-
-
-def check_features(path, n_rows):
-    """InputError that names what is wrong with a feature file's shape, dtype or values."""
-    try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        reason = " ".join(str(error).split())[:90]
-        raise InputError(f"{path}: not a readable .npy array ({reason}); "
-                         "save it again with numpy.save") from None
-    if not isinstance(array, np.ndarray):
-        raise InputError(f"{path}: an .npz archive; save one array with numpy.save")
-    is_float = array.dtype in (np.float16, np.float32, np.float64)
-    if not is_float or array.ndim != 2 or not array.shape[1]:
-        raise InputError(f"{path}: {array.dtype} {array.shape}; a feature file is a 2-d array "
-                         "of float16, float32 or float64")
-    if len(array) != n_rows:
-        raise InputError(f"{path}: {len(array):,} rows, but {n_rows:,} are needed, "
-                         "one for each row of the data; make it again")
-    for start in range(0, n_rows, 1 << 14):
-        # In blocks, as a file may be larger than memory.
-        block = np.asarray(array[start:start + (1 << 14)])
-        is_nan = np.isnan(block)
-        infinite = np.isinf(block).any(1)
-        partly_nan = is_nan.any(1) & ~is_nan.all(1)
-        for bad, what in ((infinite, "infinities"), (partly_nan, "some NaN, not all")):
-            if bad.any():
-                row = start + int(np.argmax(bad)) + 1
-                raise InputError(f"{path}: data row {row} has {what}; a row is finite, "
-                                 "or NaN throughout where the modality is missing")
-
-
-def merge_duplicates(dataset):
-    """Each (user, item) pair once: the earliest row stays, with its review."""
-    # In 64 bits: users times items are more than 2^31 on the paper's larger sets.
-    keys = dataset.users * np.int64(dataset.n_items) + dataset.items
-    _, rows = np.unique(keys, return_index=True)
-    # np.unique gives the rows in the order of the keys; the file's order stays.
-    rows.sort()
-    n_merged = len(keys) - len(rows)
-    if n_merged:
-        print(f"{dataset.name}: {n_merged:,} duplicate pairs merged (the earliest kept)")
-    return keep(dataset, rows)
 
 
 # --- The split: of each user a fifth to test, then a tenth of the rest to validation ----------
@@ -325,7 +44,7 @@ def split(users, seed=0, valid=0.1):
     order = np.lexsort((rng.random(len(users)), users))
     start = np.cumsum(count) - count
     place = np.empty(len(users), np.int64)
-    place[order] = np.arange(len(users)) - start[users[order]]
+    place[order] = np.arange(len(users), dtype=np.int64) - start[users[order]]
     is_test = place < count[users] // 5
     # The last place is never tested, and so it can be the one that stays.
     is_last = place == count[users] - 1
@@ -365,10 +84,11 @@ def split_dataset(dataset, seed=0, valid=0.1):
     test = interaction_matrix(dataset, part == TEST)
     if not train.nnz:
         raise InputError(f"{dataset.name}: the split leaves nothing to train on: "
-                         "no row has x_label 0")
+                         "no row is labelled train (0)")
     if not test.nnz:
-        no_labels = dataset.labels is None
-        reason = "no user has 5 interactions or more" if no_labels else "no row has x_label 2"
+        reason = "no row is labelled test (2)"
+        if dataset.labels is None:
+            reason = "no user has 5 interactions or more"
         raise InputError(f"{dataset.name}: the split leaves nothing to test: {reason}")
     if valid > 0 and not held_out.nnz:
         raise InputError(f"{dataset.name}: nothing is left to validate on: "
@@ -426,14 +146,15 @@ PAPER_TABLE_1 = {  # users, items, interactions
 
 
 def load(data, data_dir=Path("data"), modalities="RTVG", min_count=0, sample=0, seed=0,
-         contents=True, url=None):
+         contents=True, url=None, min_rating=None, may_make=True):
     """The Dataset that --data names; makes or downloads what is not there.
 
     data: demo, vg, tg, amazon:<Category>, or a folder. modalities: what will be used; images are
-    downloaded for V only. min_count, sample, seed: the filters --min-count and --sample.
-    contents=False: the interactions alone. url: where the Amazon release is.
+    downloaded for V only. min_rating, min_count, sample, seed: the filters --min-rating,
+    --min-count and --sample, in this order. contents=False: the interactions alone. url: where
+    the Amazon release is.
     """
-    dataset = find_dataset(data, data_dir, modalities, contents, url)
+    dataset = find_dataset(data, data_dir, modalities, contents, url, min_rating, may_make)
     # The paper's names rather than the folder's: vg, not Video_Games.
     if data in BUILT_IN:
         dataset.name = data
@@ -450,37 +171,46 @@ def load(data, data_dir=Path("data"), modalities="RTVG", min_count=0, sample=0, 
     return dataset
 
 
-def find_dataset(data, data_dir, modalities, contents, url):
-    """The Dataset that --data names, before any filter."""
+def find_dataset(data, data_dir, modalities, contents, url, min_rating, may_make):
+    """The Dataset that --data names, before --min-count and --sample."""
     if data == "demo":
-        import demo
-        key = {"generator": demo.DEMO_VERSION}
-        folder = run.make_folder(data_dir / "demo", key, demo.write_demo)
-        return read_folder(folder, contents)
+        folder = data_dir / "demo"
+        if may_make:
+            import demo
+            run.make_folder(folder, {"generator": demo.DEMO_VERSION}, demo.write_demo)
+        check_is_made(folder, data)
+        dataset = read_folder(folder, contents, min_rating)
+        # A folder of the user's may be called demo as well: CLIP is for that one.
+        dataset.encoder = "tiny"
+        return dataset
     if data in CATEGORY or data.startswith("amazon:"):
-        import amazon
         category = CATEGORY.get(data, data.removeprefix("amazon:"))
-        folder = amazon.prepare(category, data_dir / "amazon", url or amazon.AMAZON_URL)
-        # Pictures take hours, so they are fetched only for those who use them.
-        if contents and "V" in modalities:
-            amazon.fetch_images(folder)
-        return read_folder(folder, contents)
+        folder = data_dir / "amazon" / category
+        if may_make:
+            import amazon
+            import download
+            amazon.prepare(category, data_dir / "amazon", url or amazon.AMAZON_URL)
+            # Pictures take hours, so they are fetched only for those who use them.
+            if contents and "V" in modalities:
+                download.fetch_images(folder)
+        check_is_made(folder, data)
+        return read_folder(folder, contents, min_rating)
     if data == "sharee":
         raise InputError(
             "sharee: the paper's private data set cannot be downloaded; put data of that kind "
             "into a folder with interactions.csv (user,item) and items.csv (item,text,image) and "
             "pass --data FOLDER --min-count 10 --sample 500000, the paper's filter")
-    folder = Path(data)
-    if (folder / "interactions.csv").exists():
-        return read_folder(folder, contents)
-    mmrec_files = list(folder.glob("*.inter"))
-    if len(mmrec_files) == 1:
-        return read_mmrec(mmrec_files[0])
-    if folder.is_dir():
-        raise InputError(
-            f"{folder}: neither interactions.csv nor one .inter file is in this folder")
-    raise InputError(f"--data {data}: no such folder, and not one of "
-                     "demo, vg, tg, sharee, amazon:<Category>")
+    if not os.path.exists(data):
+        raise InputError(f"--data {data}: no such folder, and not one of "
+                         "demo, vg, tg, sharee, amazon:<Category>")
+    return read_folder(Path(data), contents, min_rating)
+
+
+def check_is_made(folder, data):
+    """InputError where a data set that would have to be made or downloaded is not there."""
+    if not (folder / "source.json").is_file():
+        raise InputError(f"{folder}: {data} is not there, and for an emb.npz nothing is made or "
+                         f"downloaded; pass --data {data} to make it in ./data, or --data-dir")
 
 
 def report_counts(dataset, paper):
@@ -496,44 +226,12 @@ def report_counts(dataset, paper):
     print(line, flush=True)
 
 
-def keep(dataset, rows, drop_empty=False):
-    """The data set with these interactions only.
-
-    drop_empty: also without the users and items that are left with none.
-    """
-    users, items = dataset.users[rows], dataset.items[rows]
-    kept_users = np.arange(dataset.n_users)
-    kept_items = np.arange(dataset.n_items)
-    if drop_empty:
-        # Sorted, so that searchsorted below gives each old index its new one.
-        kept_users, kept_items = np.unique(users), np.unique(items)
-    ready = {}
-    for modality, (path, file_rows) in dataset.ready.items():
-        ready[modality] = (path, file_rows[rows if modality == "R" else kept_items])
-    return Dataset(
-        dataset.name, dataset.folder,
-        user_ids=dataset.user_ids[kept_users],
-        item_ids=dataset.item_ids[kept_items],
-        users=np.searchsorted(kept_users, users),
-        items=np.searchsorted(kept_items, items),
-        labels=None if dataset.labels is None else dataset.labels[rows],
-        texts=take_rows(dataset.texts, kept_items),
-        images=take_rows(dataset.images, kept_items),
-        reviews=take_rows(dataset.reviews, rows),
-        ready=ready)
-
-
-def take_rows(values, rows):
-    """The values of a list at these rows; None stays None."""
-    return None if values is None else [values[row] for row in rows]
-
-
 def k_core(users, items, count):
     """Indices of the interactions left when users and items with fewer than `count` are removed.
 
     Removing some leaves others with fewer, so it goes on until all that are left have enough.
     """
-    rows = np.arange(len(users))
+    rows = np.arange(len(users), dtype=np.int64)
     while len(rows):
         user_count = np.bincount(users[rows])[users[rows]]
         item_count = np.bincount(items[rows])[items[rows]]
@@ -550,17 +248,18 @@ CLIP = ("ViT-B-32-quickgelu", "openai")  # a model of open_clip and its weights
 CONTENT = {"T": "text", "V": "image", "R": "review"}
 
 
-def features(dataset, modalities, encoder="auto", data_dir=Path("data"), clip=CLIP):
+def features(dataset, modalities, encoder="auto", data_dir=Path("data"), clip=CLIP,
+             device="auto"):
     """{modality: float [n_items, d_m], for "R" [n_interactions, d_m]}; a NaN row: it has none.
 
     modalities: letters of T (description), V (image), R (review). encoder: "tiny" or "clip"
     encodes the contents; "auto" takes the ready .npy files where the data set has them, and
-    encodes the rest with CLIP (of demo: with tiny).
+    encodes the rest with CLIP (of the built-in demo: with tiny). device: CLIP's.
     """
     ready = {}
     if encoder == "auto":
-        ready = dataset.ready
-        encoder = "tiny" if dataset.name == "demo" else "clip"
+        ready, encoder = dataset.ready, dataset.encoder
+    device = run.device_name(device)
     made = {}
     for modality, what in CONTENT.items():
         if modality not in modalities:
@@ -571,16 +270,16 @@ def features(dataset, modalities, encoder="auto", data_dir=Path("data"), clip=CL
             table = np.load(path, mmap_mode="r", allow_pickle=False)[rows]
             contents = None
         elif contents is not None:
-            table = extract(dataset, what, contents, encoder, clip, data_dir)
+            table = encode.extract(
+                dataset, what, contents, encoder, clip, data_dir, device=device)
         else:
             remark = ""
             if modality in dataset.ready:
                 remark = f" for --encoder {encoder} (ready features need --encoder auto)"
             print(f"{what}: none in this data{remark}", flush=True)
             continue
-        # A row is NaN throughout or not at all, so one column tells.
-        is_missing = np.isnan(table[:, 0])
-        report_features(modality, table.shape[1], is_missing, contents)
+        is_missing = missing_rows(table)
+        report_features(dataset, modality, table, is_missing, contents)
         if not is_missing.all():
             made[modality] = table
     return made
@@ -592,15 +291,26 @@ def contents_of(dataset, modality):
     return contents if contents is not None and any(contents) else None
 
 
-def report_features(modality, width, is_missing, contents):
-    """One line: how wide a modality's features are, and how many have none."""
+def missing_rows(table, block_rows=1 << 14):
+    """bool [n]: rows that are NaN throughout, or 0 throughout, which has no direction."""
+    is_missing = np.empty(len(table), bool)
+    for start in range(0, len(table), block_rows):
+        block = table[start:start + block_rows]
+        # A row is NaN throughout or not at all, so one column tells.
+        is_missing[start:start + block_rows] = np.isnan(block[:, 0]) | ~block.any(1)
+    return is_missing
+
+
+def report_features(dataset, modality, table, is_missing, contents):
+    """One line: how wide a modality's features are, how many have none, and why not."""
     rows = "interactions" if modality == "R" else "items"
-    line = (f"{CONTENT[modality]}: {width}-d; "
+    line = (f"{CONTENT[modality]}: {table.shape[1]}-d; "
             f"{np.sum(is_missing):,} of {len(is_missing):,} {rows} have none")
     if modality == "V" and contents is not None:
-        n_named = len([name for name in contents if name])
-        n_unread = n_named - np.sum(~is_missing)
-        line += f" ({n_unread:,} images missing or unreadable)"
+        unread = [name for name, value in zip(contents, table[:, 0]) if name and np.isnan(value)]
+        if unread:
+            reason = pictures.why_unreadable(dataset.folder / unread[0])
+            line += f" ({len(unread):,} unreadable, the first {unread[0]}: {reason})"
     print(line, flush=True)
 
 
@@ -624,12 +334,17 @@ def save_embeddings(path, dataset, parts, user, item, meta):
     run.write_file(path, lambda file: np.savez(file, **arrays))
 
 
+ARRAYS = ("item", "item_ids", "user_ids", "meta", "fingerprint", "user")
+
+
 def load_embeddings(path):
     """The arrays of an emb.npz as a dict, meta decoded; InputError where it cannot be used."""
+    run.check_is_file(path)
     try:
+        check_unpacked_size(path)
         with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-        for name in ("item", "item_ids", "user_ids", "meta", "fingerprint"):
+            arrays = {name: file[name] for name in ARRAYS if name in file.files}
+        for name in ARRAYS[:-1]:
             if name not in arrays:
                 raise InputError(
                     f"{path}: no array '{name}'; it is not an emb.npz written by mmcpr.py")
@@ -640,18 +355,57 @@ def load_embeddings(path):
             f"{path}: no such file; make it with python mmcpr.py --out {path}") from None
     except InputError:
         raise
-    except Exception:  # zipfile, zlib, pickle, json and numpy each raise their own
+    except MemoryError:
+        raise InputError(f"{path}: not enough memory for its tables") from None
+    except Exception as error:  # zipfile, zlib, pickle, json and numpy each raise their own
+        if getattr(error, "errno", None) is not None:
+            raise  # the machine's, not the file's
         raise InputError(f"{path}: cut off, pickled or not an .npz file; "
                          "make it again with python mmcpr.py") from None
+    check_meta(path, arrays["meta"])
     for side in ("item", "user"):
         if side in arrays:
             check_table(path, arrays, side)
     return arrays
 
 
+def check_unpacked_size(path):
+    """InputError for an archive that would unpack to far more than it is itself."""
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+        n_bytes = sum(member.file_size for member in members)
+        # What mmcpr.py writes is not packed at all.
+        if n_bytes > max(1 << 28, 20 * os.path.getsize(path)):
+            raise InputError(f"{path}: {os.path.getsize(path) / 1e6:.0f} MB that unpack to "
+                             f"{n_bytes / 1e9:.1f} GB; make it again with python mmcpr.py")
+        for member in members:
+            with archive.open(member) as file:
+                np.lib.format.read_magic(file)
+                shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+            # NumPy would set memory aside for whatever the header says.
+            if np.prod(shape, dtype=float) * dtype.itemsize > member.file_size:
+                raise ValueError("the header tells of more than there is")
+
+
+def check_meta(path, meta):
+    """InputError where what finetune.py takes from meta is not of the shape that we write."""
+    remedy = "make it again with python mmcpr.py"
+    if not isinstance(meta, dict):
+        raise InputError(f"{path}: its meta is no JSON object; {remedy}")
+    for name in ("data", "report"):
+        if not isinstance(meta.get(name, {}), dict):
+            raise InputError(f"{path}: '{name}' in its meta is no JSON object; {remedy}")
+    for name, value in meta.get("data", {}).items():
+        if name in DATA_DEFAULTS and value is not None and not is_data_option(name, value):
+            raise InputError(f"{path}: {name} is {str(value)[:40]!r} in its meta; {remedy}")
+
+
 def check_table(path, arrays, side):
     """InputError where a table is not finite floats, a row for each id, as wide as the items'."""
     table, ids = arrays[side], arrays[f"{side}_ids"]
+    if ids.dtype.kind != "U" or ids.ndim != 1:
+        raise InputError(f"{path}: '{side}_ids' is {ids.dtype} {ids.shape}, not a list of texts; "
+                         "make it again with python mmcpr.py")
     shape = (len(ids), *arrays["item"].shape[1:])
     is_table = table.dtype.kind == "f" and table.ndim == 2 and table.shape == shape
     if not is_table or not np.isfinite(table).all():
@@ -663,8 +417,29 @@ def check_table(path, arrays, side):
 # --- The command line -------------------------------------------------------------------------
 
 DATA_DEFAULTS = {
-    "data": "demo", "data_dir": "data", "min_count": 0, "sample": 0, "valid": 0.1, "split_seed": 0,
+    "data": "demo", "data_dir": "data", "min_rating": None, "min_count": 0, "sample": 0,
+    "valid": 0.1, "split_seed": 0,
 }
+
+
+def number(text):
+    """argparse type: a finite number."""
+    value = float(text)
+    if not np.isfinite(value):
+        raise argparse.ArgumentTypeError("must be finite")
+    return value
+
+
+def is_data_option(name, value):
+    """Whether an emb.npz's value is one that the flag would take."""
+    if name in ("data", "data_dir"):
+        return isinstance(value, str)
+    parse = {"min_rating": number, "valid": run.fraction}.get(name, run.non_negative)
+    try:
+        parse(str(value))
+    except (ValueError, argparse.ArgumentTypeError):
+        return False
+    return True
 
 
 def add_data_arguments(parser):
@@ -674,6 +449,8 @@ def add_data_arguments(parser):
                        "(default: demo)")
     group.add_argument("--data-dir", help="where data is made, downloaded and cached "
                        "(default: data)")
+    group.add_argument("--min-rating", type=number, metavar="R",
+                       help="keep interactions rated R or more (default: all)")
     group.add_argument("--min-count", type=run.non_negative, help="keep users and items with this "
                        "many interactions, to the fixpoint (default: all)")
     group.add_argument("--sample", type=run.non_negative, help="then draw this many interactions "
@@ -719,14 +496,22 @@ def open_data(args, data_options=None, modalities="RTVG", contents=True):
             data_options[name] = stored[name]
         if getattr(args, name) is not None:
             data_options[name] = getattr(args, name)
+    # An emb.npz, which may come from elsewhere, names what is read and where. It does not decide
+    # where anything is written: what is not there is made only for a flag.
+    may_make = args.data is not None or not stored
+    if args.data is not None and args.data_dir is None:
+        data_options["data_dir"] = DATA_DEFAULTS["data_dir"]
     # Whole paths, so that an emb.npz can be used from any working directory.
     data_options["data_dir"] = os.path.abspath(data_options["data_dir"])
     if data_options["data"] not in BUILT_IN and os.path.isdir(data_options["data"]):
         data_options["data"] = os.path.abspath(data_options["data"])
-    dataset = load(
-        data_options["data"], Path(data_options["data_dir"]), modalities,
-        data_options["min_count"], data_options["sample"], data_options["split_seed"],
-        contents, args.amazon_url)
+    try:
+        dataset = load(
+            data_options["data"], Path(data_options["data_dir"]), modalities,
+            data_options["min_count"], data_options["sample"], data_options["split_seed"],
+            contents, args.amazon_url, data_options["min_rating"], may_make)
+    except MemoryError:
+        raise InputError(f"{data_options['data']}: not enough memory to read it") from None
     parts = split_dataset(dataset, data_options["split_seed"], data_options["valid"])
     return dataset, parts, data_options
 
@@ -736,12 +521,14 @@ def main(argv=None):
         description="Prepare a data set: download, features, counts.", formatter_class=run.Help)
     add_data_arguments(parser)
     add_feature_arguments(parser)
+    parser.add_argument("--device", type=run.device_name, default="auto", help="CLIP's")
     args = parser.parse_args(argv)
     dataset, parts, data_options = open_data(args)
     features(dataset, "TVR", args.encoder, Path(data_options["data_dir"]),
-             (args.clip_model, args.clip_weights))
+             (args.clip_model, args.clip_weights), args.device)
     name = DATA_DEFAULTS["data"] if args.data is None else args.data
-    print(f"next: python mmcpr.py --data {shlex.quote(name)}")
+    encoder = "" if args.encoder == "auto" else f" --encoder {args.encoder}"
+    print(f"next: python mmcpr.py --data {shlex.quote(name)}{encoder}")
 
 
 if __name__ == "__main__":

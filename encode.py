@@ -1,11 +1,13 @@
 """Texts and pictures to vectors, with frozen encoders (Eq. 3, 9, 10), and their cache.
 
-`ClipEncoder` is what the paper uses. `TinyEncoder` needs no weights and no network: it is for the
-demo, for tests and for a first look. `extract` runs one of them over a data set's contents.
+`ClipEncoder` is what the paper uses (but for one layer: DECISIONS.md). `TinyEncoder` needs no
+weights and no network: it is for the demo, for tests and for a first look. `extract` runs one of
+them over a data set's contents.
 """
 import contextlib
 import hashlib
 import io
+import json
 import logging
 import os
 import re
@@ -18,33 +20,14 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+import run
+from pictures import BadPicture, read_picture
 from run import InputError
 
-FEATURES_VERSION = 1  # part of every cache's key: raise it when an encoder's output changes
-MAX_PIXELS = 1 << 26  # 67 megapixels; a larger picture is left out
+FEATURES_VERSION = 2  # part of every cache's key: raise it when an encoder's output changes
 
 
-def open_image(file, size=None):
-    """The picture as RGB; None where it is missing, not an image, cut off or absurdly large.
-
-    size: the caller will shrink it to about so many pixels, so it may be decoded smaller.
-    """
-    try:
-        with Image.open(file) as image:
-            if image.width * image.height > MAX_PIXELS:
-                return None
-            if size:
-                # JPEG only: decodes at a fraction of the size, but never below `size`.
-                image.draft("RGB", (size, size))
-            if image.mode in ("P", "LA", "PA", "RGBA"):
-                image = image.convert("RGBA")
-                white = Image.new("RGBA", image.size, "white")
-                return Image.alpha_composite(white, image).convert("RGB")
-            return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, EOFError, IndexError, Image.DecompressionBombError,
-            MemoryError, RuntimeError, zlib.error):
-        return None  # Pillow raises each of these on some damaged file
-
+# --- Encoders -----------------------------------------------------------------------------
 
 def unit_rows(x):
     """Rows of length 1; a row of zeros stays one."""
@@ -54,6 +37,7 @@ def unit_rows(x):
 class TinyEncoder:
     """Hashed words and word pairs; thumbnails and colour histograms. The same on every machine."""
     text_width, image_width, image_size = 512, 256, None
+    prepared_bytes = 4 * image_width  # of a picture, as prepare leaves it
 
     def text(self, texts):
         """[str] -> float32 [n, 512]"""
@@ -68,39 +52,42 @@ class TinyEncoder:
         # A word that occurs four times counts twice.
         return unit_rows(np.sign(rows) * np.sqrt(np.abs(rows)))
 
-    def image(self, images):
-        """[PIL image] -> float32 [n, 256]"""
-        rows = np.empty((len(images), self.image_width), np.float32)
-        for row, image in zip(rows, images):
-            small = image.resize((8, 8), Image.Resampling.BOX)
-            thumbnail = np.asarray(small, np.float32) / 255 - 0.5           # [8, 8, 3]
-            # Each of 1024 pixels falls into one of 4 x 4 x 4 colours.
-            pixels = np.asarray(image.resize((32, 32), Image.Resampling.BOX))
-            colours = (pixels.reshape(-1, 3) // 64) @ (16, 4, 1)            # [1024]
-            share = np.bincount(colours, minlength=64) / len(colours)       # [64]
-            row[:192] = thumbnail.ravel() / 8
-            row[192:] = np.sqrt(share)
-        return unit_rows(rows)
+    def prepare(self, image):
+        """PIL image -> float32 [256]: what is left of a picture once it is decoded."""
+        row = np.empty(self.image_width, np.float32)
+        small = image.resize((8, 8), Image.Resampling.BOX)
+        thumbnail = np.asarray(small, np.float32) / 255 - 0.5               # [8, 8, 3]
+        # Each of 1024 pixels falls into one of 4 x 4 x 4 colours.
+        pixels = np.asarray(image.resize((32, 32), Image.Resampling.BOX))
+        colours = (pixels.reshape(-1, 3) // 64) @ (16, 4, 1)                # [1024]
+        share = np.bincount(colours, minlength=64) / len(colours)           # [64]
+        row[:192] = thumbnail.ravel() / 8
+        row[192:] = np.sqrt(share)
+        return row
+
+    def image(self, prepared):
+        """[prepared picture] -> float32 [n, 256]"""
+        return unit_rows(np.stack(prepared))
 
 
 class ClipEncoder:
     """CLIP's two towers through open_clip: the projected text and image vectors.
 
-    model, weights: open_clip's names; weights may be a file. A text is cut after 77 tokens.
-    InputError: open_clip cannot load them.
+    model, weights: open_clip's names; weights may be a file, model may be local-dir:FOLDER. A
+    text is cut after 77 tokens. InputError: open_clip cannot load them.
     """
 
-    def __init__(self, model, weights):
+    def __init__(self, model, weights, device="cpu"):
         import open_clip  # here, as it takes seconds and TinyEncoder does without
         print(f"loading CLIP {model}, weights {weights} (downloaded once by open_clip)",
               flush=True)
         logging.disable(logging.ERROR)
         try:
-            if not weights:
+            if not weights and ":" not in model:
                 # open_clip would draw them at random and say so only in its log.
                 raise ValueError("no weights named")
-            self.model, _, self.preprocess = \
-                open_clip.create_model_and_transforms(model, pretrained=weights)
+            self.model, self.preprocess = open_clip.create_model_from_pretrained(
+                model, weights, **file_preprocessing(open_clip, model, weights))
             self.tokenizer = open_clip.get_tokenizer(model)  # for SigLIP a download of its own
         except Exception as error:  # what its hub client, torch.load and urllib raise
             reason = " ".join(str(error).split())[:90] or type(error).__name__
@@ -110,62 +97,150 @@ class ClipEncoder:
                 "or use --encoder tiny, which needs none") from None
         finally:
             logging.disable(logging.NOTSET)
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device, self.half = device, device == "cuda"
         self.model.eval().to(self.device)
         # The towers' common width stands in no attribute that all models have.
         self.text_width = self.image_width = self.text([""]).shape[1]
-        self.image_size = 2 * max(np.atleast_1d(self.model.visual.image_size))
+        height, width = np.broadcast_to(self.model.visual.image_size, 2).tolist()
+        self.image_size = 2 * max(height, width)
+        self.prepared_bytes = 4 * 3 * height * width
 
     @torch.inference_mode()
+    def encode(self, tower, batch):
+        """tower(batch) as float32 [n, d].
+
+        On a GPU its products are float16, several times as fast; the vectors' cosines to those
+        of float32 are above .9995.
+        """
+        batch = batch.to(self.device)
+        with torch.autocast(self.device, torch.float16, enabled=self.half):
+            rows = tower(batch).float()
+        if self.half and not rows.isfinite().all():
+            # Some models' numbers are too large for float16.
+            rows = tower(batch).float()
+        return rows.cpu().numpy()
+
     def text(self, texts):
         """[str] -> float32 [n, d]: a review (Eq. 3) or a description (Eq. 9)."""
-        tokens = self.tokenizer(list(texts)).to(self.device)
-        return self.model.encode_text(tokens).float().cpu().numpy()
+        return self.encode(self.model.encode_text, self.tokenizer(list(texts)))
 
-    @torch.inference_mode()
-    def image(self, images):
-        """[PIL image] -> float32 [n, d] (Eq. 10)."""
-        batch = torch.stack([self.preprocess(image) for image in images])
-        return self.model.encode_image(batch.to(self.device)).float().cpu().numpy()
+    def prepare(self, image, longest=64):
+        """PIL image -> float32 [3, height, width]: resized, cropped, normalised.
+
+        A strip that is more than `longest` times as long as it is wide is cut to its middle
+        first: scaled up to the model's size it would be gigabytes.
+        """
+        limit = longest * min(image.size)
+        left, top = [max(0, length - limit) // 2 for length in image.size]
+        if left or top:
+            image = image.crop((left, top, image.width - left, image.height - top))
+        return self.preprocess(image)
+
+    def image(self, prepared):
+        """[prepared picture] -> float32 [n, d] (Eq. 10)."""
+        return self.encode(self.model.encode_image, torch.stack(prepared))
 
 
-def extract(dataset, what, contents, encoder, clip, data_dir, chunk=256):
+PREPROCESSING = ("mean", "std", "interpolation", "resize_mode")
+
+
+def file_preprocessing(open_clip, model, weights):
+    """How pictures are prepared for weights from a file, as arguments; {}: open_clip knows.
+
+    It is in an open_clip_config.json beside the file, or else a guess, which is printed: what all
+    of the model's published weights take, or CLIP's own.
+    """
+    name = model.replace("/", "-")
+    is_tag = open_clip.pretrained.get_pretrained_cfg(name, weights)
+    if ":" in model or is_tag or not os.path.isfile(weights):
+        return {}
+    config = Path(weights).with_name("open_clip_config.json")
+    if config.is_file():
+        settings = json.loads(config.read_text(encoding="utf-8"))["preprocess_cfg"]
+        return {f"image_{key}": settings[key] for key in PREPROCESSING if key in settings}
+    guesses = []
+    for tag in open_clip.list_pretrained_tags_by_model(name):
+        settings = open_clip.pretrained.get_pretrained_cfg(name, tag)
+        guess = {f"image_{key}": settings[key] for key in PREPROCESSING if key in settings}
+        if guess not in guesses:
+            guesses.append(guess)
+    guess = guesses[0] if len(guesses) == 1 else {
+        "image_mean": open_clip.OPENAI_DATASET_MEAN, "image_std": open_clip.OPENAI_DATASET_STD}
+    print(f"{weights}: how its pictures are prepared is a guess (mean {guess['image_mean']}, "
+          f"std {guess['image_std']}); an {config.name} beside it would tell", flush=True)
+    return guess
+
+
+# --- Features and their cache -------------------------------------------------------------
+
+def extract(dataset, what, contents, encoder, clip, data_dir, chunk=256, device="cpu"):
     """Features of `contents` as a float16 memory map [n, d], from the cache or encoded now.
 
-    what: "text", or "image" for paths inside dataset.folder. encoder: "tiny", or "clip" with
-    clip = (model, weights). '' and unreadable pictures give NaN rows.
+    what: "text", "review", or "image" for paths inside dataset.folder. encoder: "tiny", or
+    "clip" with clip = (model, weights). '' and unreadable pictures give NaN rows.
     """
     path = cache_path(dataset, what, contents, encoder, clip, data_dir)
     if not path.exists():
-        model = TinyEncoder() if encoder == "tiny" else ClipEncoder(*clip)
+        model = TinyEncoder() if encoder == "tiny" else ClipEncoder(*clip, device)
         fill_cache(path, model, dataset.folder, what, contents, encoder, chunk)
-    try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError):
-        raise InputError(
-            f"{path}: cut off or damaged; delete it and run the command again") from None
+    remedy = "cut off or damaged: delete it and run the command again"
+    table = run.open_npy(path, remedy)
+    if table.dtype != np.float16 or table.ndim != 2 or len(table) != len(contents):
+        raise InputError(f"{path}: {table.dtype} {table.shape}, not float16 with "
+                         f"{len(contents):,} rows; {remedy}")
+    return table
 
 
 def cache_path(dataset, what, contents, encoder, clip, data_dir):
     """The cache's file, named after all that its rows depend on."""
     digest = hashlib.sha256(f"{FEATURES_VERSION} {encoder} {what}".encode())
     if encoder == "clip":
-        model, weights = clip
-        digest.update(f"{model} {weights} {file_stamp(Path(weights))}".encode())
-    for content in contents:
-        digest.update(content.encode() + b"\0")
-        if what == "image" and content:
-            digest.update(file_stamp(dataset.folder / content).encode())
-    name = dataset.name.replace(os.sep, "_")
+        for part in clip_key(*clip):
+            digest.update(part.encode() + b"\0")
+    stamps = [""] * len(contents)
+    if what == "image":
+        stamps = picture_hashes(dataset.folder, contents)
+    for content, stamp in zip(contents, stamps):
+        digest.update(f"{content}\0{stamp}".encode())
+    name = re.sub(r"[^\w.-]", "_", dataset.name)[:40]
     return data_dir / "features" / f"{name}-{what}-{encoder}-{digest.hexdigest()[:16]}.npy"
 
 
-def file_stamp(path):
-    """Size and time of a file, which change when it is replaced; '' where there is none."""
-    if not path.is_file():
+def clip_key(model, weights):
+    """The names of a CLIP model and its weights, and the contents of those that are files.
+
+    They say how pictures are prepared too: a configuration is one of the files.
+    """
+    if model.startswith("local-dir:"):
+        folder = Path(model.removeprefix("local-dir:"))
+        paths = sorted(path for path in folder.glob("*") if not path.is_dir())
+        return ["local-dir", *(f"{path.name} {file_hash(path)}" for path in paths)]
+    if not os.path.isfile(weights):
+        return [model, weights]
+    config = Path(weights).with_name("open_clip_config.json")
+    return [model, file_hash(weights), file_hash(config)]
+
+
+def picture_hashes(folder, names):
+    """[str]: what each picture's file holds, '' where there is none."""
+    def hash_of(name):
+        return file_hash(folder / name) if name else ""
+
+    with ThreadPoolExecutor(4) as pool:
+        return list(pool.map(hash_of, names))
+
+
+def file_hash(path):
+    """The hash of a file's contents; '' where there is none."""
+    run.check_is_file(path)
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    except (FileNotFoundError, NotADirectoryError):
         return ""
-    stat = path.stat()
-    return f"{stat.st_size} {stat.st_mtime_ns}"
+    return digest.hexdigest()
 
 
 def fill_cache(path, model, folder, what, contents, encoder, chunk):
@@ -175,15 +250,20 @@ def fill_cache(path, model, folder, what, contents, encoder, chunk):
     interrupted goes on after the last whole row.
     """
     width = model.image_width if what == "image" else model.text_width
+    if what == "image":
+        # What is held of a chunk's pictures stays below 256 MB.
+        chunk = max(1, min(chunk, (1 << 28) // model.prepared_bytes))
+        Image.init()  # all of Pillow's readers, before files are opened in many threads
     header = npy_header((len(contents), width))
     row_bytes = 2 * width
     part = path.with_suffix(".part")
+    run.check_is_file(part)
     path.parent.mkdir(parents=True, exist_ok=True)
     n_done = 0
     if part.exists():
         n_done = max(0, part.stat().st_size - len(header)) // row_bytes
     with (open(part, "r+b" if part.exists() else "wb") as file,
-          ThreadPoolExecutor(4) as pool,
+          ThreadPoolExecutor(max(4, os.cpu_count() or 1)) as pool,
           tqdm(total=len(contents), initial=n_done, desc=f"{encoder} {what}", unit="") as bar):
         file.write(header)
         file.seek(len(header) + n_done * row_bytes)
@@ -200,17 +280,25 @@ def fill_cache(path, model, folder, what, contents, encoder, chunk):
 
 def encode_batch(model, folder, what, batch, width, pool):
     """Float32 [len(batch), width]; NaN rows where there is nothing to encode."""
-    def read_picture(name):
-        return open_image(folder / name, model.image_size) if name else None
+    def prepare(name):
+        if not name:
+            return None
+        try:
+            return read_picture(folder / name, model.image_size, model.prepare)
+        except BadPicture:
+            return None
+        except MemoryError:
+            raise InputError(f"{folder / name}: not enough memory to decode it; close other "
+                             "programs and run the command again") from None
 
-    encode = model.text
+    encode, is_present = model.text, [text != "" for text in batch]
     if what == "image":
-        encode = model.image
         # Pillow decodes outside of Python's lock, so threads read several pictures at once.
-        batch = list(pool.map(read_picture, batch))
+        encode, batch = model.image, list(pool.map(prepare, batch))
+        is_present = [picture is not None for picture in batch]
     rows = np.full((len(batch), width), np.nan, np.float32)
-    present = [n for n, content in enumerate(batch) if content]
-    if present:
+    present = np.flatnonzero(is_present)
+    if len(present):
         rows[present] = encode([batch[n] for n in present])
     return rows
 

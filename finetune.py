@@ -4,19 +4,25 @@
     python finetune.py --init random --data demo        the same from a random start
     python finetune.py --init emb.npz --seeds 0 1 2 --metrics out.json --recommend recs.csv
 
-Prints Recall and NDCG @20, 40, 60 on the test interactions, once, at the epoch that validation
-chose (Section 3.6 of the paper).
+Section 3.6 of the paper. Prints Recall and NDCG @20, 40, 60 on the test interactions, once, at the
+epoch that validation chose.
 
-    E0       [n_users + n_items, d]   all there is to train: users' rows, then items'
-    A        sparse                   D^-1/2 [[0, R], [R^T, 0]] D^-1/2
-    E^(l)    A^l E0                   layer l of LightGCN, l = 0, ..., L
+    E0       [n_users + n_items, d]   the only parameters: users' rows, then items'
+    A_hat    sparse, symmetric        D^-1/2 A D^-1/2, A = [[0, R], [R^T, 0]]: users and items
+    E^(l)    A_hat^l E0               layer l of LightGCN, l = 0, ..., L
+
+(mmcpr.py's graph encoder is a LightGCN too, but on users alone or items alone, and it takes the
+mean over neighbours, as the paper's Eq. 1 reads.)
 """
 import argparse
 import csv
 import json
 import os
+import shlex
 import sys
 import time
+
+import run  # before the libraries: from here on Ctrl-C ends in one line
 
 import numpy as np
 import torch
@@ -27,7 +33,6 @@ from tqdm import tqdm
 import data
 import metrics
 import ops
-import run
 
 KS = (20, 40, 60)
 
@@ -35,7 +40,7 @@ DEFAULTS = dict(
     layers=3,         # MixGCF's authors: 3
     candidates=64,    # paper: M = 64
     lr=1e-3,          # MixGCF's authors: 1e-3
-    l2=1e-4,          # MixGCF's authors: 1e-4
+    l2=1e-4,          # MixGCF's authors: 1e-4; a penalty, not the paper's L2
     batch=2048,       # paper: 2048, interactions in a step
     epochs=1000,      # paper: 1000; at most
     eval_every=5,     # MixGCF's authors: 5
@@ -47,22 +52,22 @@ DEFAULTS = dict(
 # --- LightGCN -----------------------------------------------------------------------------
 
 class LightGCN(nn.Module):
-    """E^(l+1) = A E^(l); a score is mean_l e_u^(l) . mean_l e_i^(l)."""
+    """E^(l+1) = A_hat E^(l); a score is mean_l e_u^(l) . mean_l e_i^(l)."""
 
     def __init__(self, train, user, item, n_layers=3):
         """train: CSR [n_users, n_items]; user [n_users, d], item [n_items, d]: the start."""
         super().__init__()
         self.n_users, self.n_layers = len(user), n_layers
         self.E0 = nn.Parameter(torch.cat([user, item]))
-        A = ops.normalised_adjacency(train)
-        self.A = ops.sparse_tensor(A, self.E0.device, self.E0.dtype)
+        A_hat = ops.normalised_adjacency(train)
+        self.A_hat = ops.sparse_tensor(A_hat, self.E0.device, self.E0.dtype)
 
     @torch.no_grad()
     def layers(self):
         """E^(0), ..., E^(L), each [n_users + n_items, d]; ops.layer_rows gives their gradient."""
         layers = [self.E0.detach()]
         for _ in range(self.n_layers):
-            layers.append(ops.sparse_product(self.A, layers[-1]))
+            layers.append(ops.sparse_product(self.A_hat, layers[-1]))
         return layers
 
     def embed(self):
@@ -73,34 +78,36 @@ class LightGCN(nn.Module):
 
 # --- MixGCF -------------------------------------------------------------------------------
 
-def mixgcf_loss(model, users, pos_items, candidates, alpha, l2=1e-4):
-    """BPR against one mixed negative, plus the l2 penalty of layer 0, summed over a batch.
+def mixgcf_loss(model, users, pos_items, candidates, mix, penalty_weight=1e-4):
+    """BPR against one mixed negative, plus the penalty of layer 0, summed over a batch.
 
-    users, pos_items int64 [B] and candidates int64 [B, M] are rows of E0; alpha [L+1, B] is
-    uniform in [0, 1). Gradients reach the positive and the candidates that were picked, not
-    the choice.
+    users, pos_items int64 [B] and candidates int64 [B, M] are rows of E0; mix [L+1, B] is
+    uniform in [0, 1), MixGCF's alpha.
     """
     # The layers are computed without autograd: ops.layer_rows knows their gradient.
     layers = model.layers()
-    # Hop mixing: each layer picks the candidate that is nearest to the user.
+    # Hop mixing: each layer picks the candidate that scores highest. MixGCF mixes first, but
+    # that does not change which one it is (ops.hard_negatives). The choice has no gradient;
+    # what is chosen has.
     picked = ops.hard_negatives(layers, users, candidates)                            # [L+1, B]
     rows = torch.cat([users.expand_as(picked), pos_items.expand_as(picked), picked], 1)
-    e = ops.layer_rows(model.E0, layers, rows, model.A)                         # [L+1, 3 B, d]
-    e_user, e_pos, e_picked = e.chunk(3, 1)                                        # [L+1, B, d]
+    e = ops.layer_rows(model.E0, model.A_hat, layers, rows)                     # [L+1, 3 B, d]
+    e_user, e_pos, e_picked = e.chunk(3, 1)                                   # [L+1, B, d] each
     # Positive mixing: the negative is a random step from the candidate towards the positive.
-    alpha = alpha[:, :, None]
-    e_neg = alpha * e_pos + (1 - alpha) * e_picked
-    return bpr_loss(e_user, e_pos, e_neg, l2)
+    mix = mix[:, :, None]
+    e_neg = mix * e_pos + (1 - mix) * e_picked
+    return bpr_loss(e_user, e_pos, e_neg, penalty_weight)
 
 
-def bpr_loss(e_user, e_pos, e_neg, l2):
-    """softplus(s_neg - s_pos) + l2 / 2 ||layer 0||^2, summed; each [L+1, B, d]."""
+def bpr_loss(e_user, e_pos, e_neg, penalty_weight):
+    """softplus(score_neg - score_pos) + weight / 2 ||layer 0||^2, summed; each [L+1, B, d]."""
     def score(e_item):
+        # LightGCN pools by the mean over layers.
         return (e_user.mean(0) * e_item.mean(0)).sum(1)                                    # [B]
 
     ranking = F.softplus(score(e_neg) - score(e_pos)).sum()
     penalty = sum(e[0].square().sum() for e in (e_user, e_pos, e_neg))
-    return ranking + l2 / 2 * penalty
+    return ranking + penalty_weight / 2 * penalty
 
 
 # --- Initial tables -----------------------------------------------------------------------
@@ -114,11 +121,12 @@ def initial_tables(init, train, dim, scale="asis"):
     """
     tables = []
     for side, n in (("user", train.shape[0]), ("item", train.shape[1])):
-        # Always drawn, so that the other table is the same whatever init has.
+        # Drawn even where init has the table, so that the random one is always the same.
         table = nn.init.xavier_uniform_(torch.empty(n, dim))
         if init and side in init:
             table = torch.from_numpy(np.asarray(init[side], np.float32))
         if scale != "asis":
+            # Xavier-uniform entries have the variance 2 / (n + dim).
             rms = (2 / (n + dim)) ** 0.5 if scale == "xavier" else scale
             table = table * (rms / table.square().mean().sqrt().clamp(min=1e-12))
         tables.append(table)
@@ -127,30 +135,53 @@ def initial_tables(init, train, dim, scale="asis"):
 
 # --- Training -----------------------------------------------------------------------------
 
-def finetune(parts, init, args, seed, device="cpu", checkpoint=None):
-    """Trains LightGCN with MixGCF: (result dict, user, item) of the epoch validation chose.
+def train_epoch(model, optimizer, pair_user, pair_item, sample_negatives, args):
+    """One pass over the training pairs, int64 [nnz] each, in random order: the mean loss.
 
-    Epoch 0, the tables as given, is evaluated too and can win. Without validation the last of
-    args.epochs is taken.
+    All tensors are on the model's device, where all is drawn too.
+    """
+    device, share = model.E0.device, run.my_share()
+    loss_sum = torch.zeros((), device=device)
+    # The last, smaller batch too.
+    for indices in torch.randperm(len(pair_user), device=device).split(args.batch):
+        users, pos_items = pair_user[indices], pair_item[indices]                          # [B]
+        candidates = sample_negatives(users, args.candidates)                           # [B, M]
+        mix = torch.rand(args.layers + 1, len(indices), device=device)                # [L+1, B]
+        # Items' rows of E0 come after the users'.
+        pos_items, candidates = pos_items + model.n_users, candidates + model.n_users
+        loss = mixgcf_loss(model, users[share], pos_items[share], candidates[share],
+                           mix[:, share], args.l2)
+        loss = loss / len(indices)
+        optimizer.zero_grad()
+        loss.backward()
+        run.sum_gradients(model)
+        optimizer.step()
+        loss_sum += run.all_sum(loss.detach()) * len(indices)
+    return loss_sum.item() / len(pair_user)
+
+
+def finetune(parts, init, args, seed, device="cpu", checkpoint=None):
+    """Trains LightGCN with MixGCF: (user, item, result) of the epoch that validation chose.
+
+    Epoch 0, LightGCN over the tables as given, is evaluated too and can win. Without validation
+    the last of args.epochs is taken.
     """
     torch.manual_seed(seed)
     started = time.time()
     checkpoint = checkpoint or run.Checkpoint()
     train, has_valid = parts.train, parts.valid.nnz > 0
     user, item = initial_tables(init, train, args.dim, args.scale)
-    n_users = len(user)
     model = LightGCN(train, user.to(device), item.to(device), args.layers)
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
-    sample_negatives = ops.NegativeSampler(train)
+    sample_negatives = ops.NegativeSampler(train, device)
     pairs = train.tocoo()
-    pair_user = torch.from_numpy(pairs.row).long()                                       # [nnz]
-    pair_item = torch.from_numpy(pairs.col).long()
+    pair_user = torch.from_numpy(pairs.row).to(device).long()                            # [nnz]
+    pair_item = torch.from_numpy(pairs.col).to(device).long()
 
     progress = checkpoint.restore(model, optimizer) or {
         "epoch": -1, "history": [], "best": None, "seconds": 0.0}
     started -= progress["seconds"]  # of the run that was interrupted
     interrupted = False
-    share = run.my_share()
     epochs = range(progress["epoch"] + 1, args.epochs + 1)
     bar = tqdm(epochs, desc=f"fine-tuning, seed {seed}", unit="epoch", initial=epochs.start,
                total=args.epochs + 1, disable=not run.is_main_process())
@@ -159,40 +190,26 @@ def finetune(parts, init, args, seed, device="cpu", checkpoint=None):
             values = [point["recall@20"] for point in progress["history"]]
             if has_valid and out_of_patience(values, args.patience):
                 break
-            loss_sum = torch.zeros((), device=device)
-            # Epoch 0 trains nothing: it is the tables as given. The last batch may be smaller.
-            batches = torch.randperm(len(pair_user)).split(args.batch) if epoch > 0 else ()
-            for batch in batches:
-                users, pos_items = pair_user[batch], pair_item[batch]                      # [B]
-                candidates = sample_negatives(users, args.candidates)                   # [B, M]
-                alpha = torch.rand(args.layers + 1, len(batch))
-                # Items' rows of E0 come after the users'.
-                loss = mixgcf_loss(model, users[share].to(device),
-                                   (pos_items[share] + n_users).to(device),
-                                   (candidates[share] + n_users).to(device),
-                                   alpha[:, share].to(device), args.l2) / len(batch)
-                optimizer.zero_grad()
-                loss.backward()
-                run.sum_gradients(model)  # of several processes, under torchrun
-                optimizer.step()
-                loss_sum += run.all_sum(loss.detach()) * len(batch)
-
-            if not torch.isfinite(loss_sum):
+            # Epoch 0 is the tables as given: it is only evaluated.
+            mean_loss = None
+            if epoch > 0:
+                mean_loss = train_epoch(model, optimizer, pair_user, pair_item,
+                                        sample_negatives, args)
+            if epoch > 0 and not np.isfinite(mean_loss):
                 raise run.InputError(f"the loss is not finite at epoch {epoch}; "
                                      f"lower --lr (now {args.lr}) or --scale")
             if epoch % args.eval_every == 0 or epoch == args.epochs:
-                value, tables = epoch, model.embed()
-                mean_loss = loss_sum.item() / len(pair_user)
+                tables = model.embed()
+                value = epoch  # without validation the last epoch is the best
                 if has_valid:
-                    value = metrics.evaluate(*tables, train, parts.valid, KS[:1])["recall@20"]
+                    value = metrics.evaluate(*tables, train, parts.valid, (20,))["recall@20"]
                     progress["history"].append({"epoch": epoch, "recall@20": value,
-                                                "loss": mean_loss if epoch else None})
+                                                "loss": mean_loss})
                 # The epoch is chosen on validation. Test is ranked once, at the very end.
                 if progress["best"] is None or value > progress["best"]["value"]:
                     progress["best"] = {"epoch": epoch, "value": value, "tables": tables}
                 if has_valid:
-                    bar.set_postfix({"loss": f"{mean_loss:.4f}",
-                                     "valid recall@20": f"{value:.4f}"})
+                    bar.set_postfix({"loss": mean_loss, "valid recall@20": f"{value:.4f}"})
             progress["epoch"], progress["seconds"] = epoch, time.time() - started
             checkpoint.update(model, optimizer, progress)
     except KeyboardInterrupt:
@@ -216,7 +233,7 @@ def finetune(parts, init, args, seed, device="cpu", checkpoint=None):
               "seconds": round(time.time() - started, 1), "interrupted": interrupted,
               "valid": valid, "test": metrics.evaluate(user, item, seen, parts.test, KS),
               "history": progress["history"]}
-    return result, user, item
+    return user, item, result
 
 
 def out_of_patience(values, patience):
@@ -229,6 +246,7 @@ def out_of_patience(values, patience):
     waited, lowest, highest = 0, np.inf, np.inf
     for count, value in enumerate(values, 1):
         if count <= patience and value < lowest:
+            # Still falling: what counts as a gain is measured from here.
             lowest, highest, waited = value, value, 0
         elif value > highest:
             highest, waited = value, 0
@@ -239,20 +257,31 @@ def out_of_patience(values, patience):
 
 # --- What is written and printed ----------------------------------------------------------
 
-def recommend(path, user, item, dataset, parts, k=20):
-    """recs.csv: each user's top k with ranks and scores, without training and validation items."""
-    seen = (parts.train + parts.valid).tocsr()
+def recommend(path, user, item, dataset, parts, top=20, all_seen=False):
+    """recs.csv: each user's `top` best items with ranks and scores.
+
+    As the test ranks them: without training and validation items, but held-out test items are
+    candidates. all_seen: without any item that the user is known to have, for use.
+    """
+    seen = parts.train + parts.valid
+    if all_seen:
+        seen = seen + parts.test
+    n_untrained = int(np.sum(np.diff(parts.train.indptr) == 0))
+    if n_untrained:
+        print(f"{path}: {n_untrained:,} users have no training interaction; their lists are "
+              "no better than chance")
 
     def write(file):
         writer = csv.writer(file)
         writer.writerow(("user", "rank", "item", "score"))
-        for users, scores, items in metrics.rank(user, item, seen, k):
+        for users, scores, items in metrics.rank(user, item, seen.tocsr(), top):
             for u, user_scores, user_items in zip(users, scores.tolist(), items.tolist()):
                 for place, (score, i) in enumerate(zip(user_scores, user_items), 1):
                     if score > -np.inf:
                         writer.writerow((dataset.user_ids[u], place, dataset.item_ids[i],
                                          f"{score:.6g}"))
     run.write_file(path, write, "w")
+    print(f"wrote {path}")
 
 
 def summarise(results, args, data_options):
@@ -273,31 +302,41 @@ def write_outputs(args, results, user, item, dataset, parts, data_options):
     if args.metrics:
         summary = summarise(results, args, data_options)
         run.write_file(args.metrics, lambda file: json.dump(summary, file, indent=1), "w")
+        print(f"wrote {args.metrics}")
     if args.out and len(results) == 1:
         meta = {"method": "LightGCN + MixGCF", "data": data_options, "init": args.init,
                 "scale": args.scale, "seed": args.seeds[0]}
         data.save_embeddings(args.out, dataset, parts, user.cpu().numpy(), item.cpu().numpy(),
                              meta)
+        print(f"wrote {args.out}")
     if args.recommend and len(results) == 1:
-        recommend(args.recommend, user, item, dataset, parts)
+        recommend(args.recommend, user, item, dataset, parts, args.top, args.all_seen)
 
 
-def print_results(results, init):
-    """The test metrics as a table, with mean and standard deviation (n - 1) of several seeds."""
-    names = [f"{name}@{k}" for name in ("recall", "ndcg") for k in KS]
+METRIC_NAMES = [f"{name}@{k}" for name in ("recall", "ndcg") for k in KS]
 
-    def print_row(label, values):
-        print(f"{label:<28}" + "".join(f"{value:>11}" for value in values))
 
-    print_row(f"test, init {init}", names)
-    table = np.array([[result["test"][name] for name in names] for result in results])
-    for result, values in zip(results, table):
-        label = f"seed {result['seed']}, epoch {result['epoch']} of {result['epochs_run']}"
-        print_row(label, [f"{value:.4f}" for value in values])
+def print_row(label, values):
+    print(f"{label:<28}" + "".join(f"{value:>11}" for value in values), flush=True)
+
+
+def print_result(result):
+    """One seed's test metrics, as a row of a table."""
+    label = f"seed {result['seed']}, epoch {result['epoch']} of {result['epochs_run']}"
+    print_row(label, [f"{result['test'][name]:.4f}" for name in METRIC_NAMES])
+
+
+def print_spread(results):
+    """The rows below: mean and standard deviation (n - 1) of several seeds."""
+    table = np.array([[result["test"][name] for name in METRIC_NAMES] for result in results])
     if len(results) > 1:
         print_row("mean", [f"{value:.4f}" for value in table.mean(0)])
         print_row("± std", [f"{value:.4f}" for value in table.std(0, ddof=1)])
-    if any(result["epoch"] == 0 < result["epochs_run"] for result in results):
+    if results[0]["valid"]:
+        values = [result["valid"]["recall@20"] for result in results]
+        print(f"validation Recall@20, to choose by: {np.mean(values):.4f}"
+              + (f" ± {np.std(values, ddof=1):.4f}" if len(values) > 1 else ""))
+    if any(result["epoch"] == 0 and result["epochs_run"] > 0 for result in results):
         print("epoch 0: on validation no training was better than the tables as given; "
               "try a lower --lr")
 
@@ -352,7 +391,10 @@ def arguments():
     add("--seeds", type=run.non_negative, nargs="+", default=[0], help="one run each")
     add("--metrics", help="write the results here, as JSON")
     add("--out", help="write the final embeddings here, as an emb.npz (of the first seed)")
-    add("--recommend", metavar="CSV", help="write each user's top 20 here (of the first seed)")
+    add("--recommend", metavar="CSV", help="write each user's best items here (first seed)")
+    add("--top", type=run.positive, default=20, help="how many items a user is recommended")
+    add("--all-seen", action="store_true",
+        help="recommend no item that the user has in training, validation or test")
     add("--dim", type=run.positive, help="width of a random start (default: 64)")
     add("--layers", type=run.non_negative, help="LightGCN layers")
     add("--candidates", type=run.positive, help="MixGCF's M")
@@ -374,13 +416,7 @@ def check_arguments(args):
         raise run.InputError("--lr must be above 0, --l2 at least 0, both finite")
     if len(set(args.seeds)) < len(args.seeds):
         raise run.InputError("--seeds names a seed twice")
-    outputs = [path for path in (args.metrics, args.out, args.recommend) if path]
-    for path in outputs:
-        if os.path.realpath(path) == os.path.realpath(args.init):
-            raise run.InputError(f"{path}: would overwrite the tables it starts from; "
-                                 "choose another output path")
-    run.check_outputs(args.metrics, args.out, args.recommend)
-    return outputs
+    run.check_outputs([args.metrics, args.out, args.recommend], [args.init])
 
 
 def check_resumed_outputs(args, results):
@@ -392,52 +428,58 @@ def check_resumed_outputs(args, results):
                 "it out, or leave --resume out to start anew")
 
 
-def finetune_and_save(args, outputs):
+def finetune_and_save(args):
     arrays, data_options = read_init(args)
     with run.main_process_first():
         dataset, parts, data_options = data.open_data(args, data_options, contents=False)
+        outputs = [args.metrics, args.out, args.recommend]
+        run.check_outputs(outputs, folder=dataset.folder)
     tables = []
     if arrays is not None:
         check_same_split(args.init, arrays, dataset, parts)
         tables = [arrays[side] for side in ("user", "item") if side in arrays]
 
     options = data.training_options(args, "init", "resume", "checkpoint_every", "metrics", "out",
-                                    "recommend")
+                                    "recommend", "top", "all_seen")
     path = f"finetune.{run.run_id(options, parts, tables)}.ckpt"
     with run.Checkpoint(path, args.resume, args.checkpoint_every) as checkpoint:
         results = list(checkpoint.results)
         check_resumed_outputs(args, results)
+        print_row(f"test, init {args.init}", METRIC_NAMES)
+        for result in results:
+            print_result(result)
         for seed in args.seeds[len(results):]:
-            result, user, item = finetune(parts, arrays, args, seed, args.device, checkpoint)
+            user, item, result = finetune(parts, arrays, args, seed, args.device, checkpoint)
             result = {"data": data_options["data"], "init": args.init, "scale": args.scale,
                       **result}
             results.append(result)
+            # Printed first: a full disk must not take the numbers too.
+            print_result(result)
             if run.is_main_process():
-                write_outputs(args, results, user, item, dataset, parts, data_options)
+                with checkpoint.kept_if_writing_fails():
+                    write_outputs(args, results, user, item, dataset, parts, data_options)
             if result["interrupted"]:
                 break
             checkpoint.finish(result)
-    print_results(results, args.init)
+    print_spread(results)
     if results[-1]["interrupted"]:
         run.wait_for_all()
         raise run.InputError(
             f"interrupted in seed {seed} at epoch {result['epochs_run']}; its best epoch so far, "
             f"{result['epoch']}, was tested; {checkpoint.remedy()}")
     checkpoint.remove()
-    for path in outputs:
-        print(f"wrote {path}")
-    name = data_options["data"]
+    name = shlex.quote(data_options["data"])
     if args.init == "random":
         print(f"next: python mmcpr.py --data {name}, then python finetune.py --init emb.npz")
     else:
-        print(f"next: python finetune.py --init random --data {name}, the start to compare with")
+        print(f"next, to compare with: python finetune.py --init random --data {name}")
 
 
 def main(argv=None):
     args = arguments().parse_args(argv)
-    outputs = check_arguments(args)
+    check_arguments(args)
     with run.processes(args.device):
-        finetune_and_save(args, outputs)
+        finetune_and_save(args)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,10 @@ import torch
 
 import run
 
-CHUNK_SCORES = 1 << 23  # scores held at a time, 32 MB in float32, however many users there are
+# Scores held at a time, however many users there are: 32 MB, on a GPU 256 MB, as every chunk costs
+# it a wait for the host.
+CHUNK_SCORES = 1 << 23
+CHUNK_SCORES_GPU = 1 << 26
 
 
 def rank(user, item, seen, k, users=None):
@@ -20,9 +23,11 @@ def rank(user, item, seen, k, users=None):
     users: whom to rank for (default: all). A user with fewer than k candidates gets scores of
     -inf in the tail.
     """
-    users = np.arange(len(user)) if users is None else users
+    # In 64 bits, also on Windows: evaluate makes keys u n_items + i of them.
+    users = np.arange(len(user), dtype=np.int64) if users is None else np.int64(users)
     k = min(k, len(item))
-    chunk_users = max(1, CHUNK_SCORES // len(item))
+    chunk_scores = CHUNK_SCORES_GPU if user.is_cuda else CHUNK_SCORES
+    chunk_users = max(1, chunk_scores // len(item))
     for start in range(0, len(users), chunk_users):
         chunk = users[start:start + chunk_users]
         scores = user[torch.from_numpy(chunk).to(user.device)] @ item.T           # [c, n_items]

@@ -6,22 +6,31 @@
 
 Then: python finetune.py --init emb.npz
 
-The model and its pre-training, in the order of the paper. Symbols are the paper's; a user has
-reviews (R) and the user graph (G), an item description text (T), an image (V) and the item
-graph (G). What makes it fast is in ops.py, each trick under its plain definition.
+The model and its pre-training, equation by equation. The frozen text and image encoders (Eq. 3,
+9, 10) are in encode.py; what makes it fast is in ops.py, each operator under its plain definition.
+
+A user has two modalities, an item three, which the code calls by letters in quotes:
+
+    users    e^1 reviews "R"    e^2 user graph "G"
+    items    e^1 text "T"       e^2 image "V"       e^3 item graph "G"
 
     R        [n_users, n_items]   binary training interactions
-    e^m      [n, d_m]             modality m: frozen features, or a trained table for the graph
-    e'^m     [n, d]               the same, projected into the common space
+    e^m      [n, d_m]             modality m, `encoded`: frozen features, or the graph encoder's
+    e'^m     [n, d]               the same, `projected` into the common space
     a        [d]                  a side's attention vector
     alpha    [n, M]               attention over a node's M modalities
-    e        [n, d]               the multi-modal representation, what is handed over
+    e        [n, d]               the multi-modal representation, written to emb.npz
+
+The calls of run.my_share, n_processes, all_sum and sum_gradients split the work among several
+processes, under torchrun. In one process they do nothing.
 """
 import argparse
 import platform
 import sys
 import time
 from pathlib import Path
+
+import run  # before the libraries: from here on Ctrl-C ends in one line
 
 import numpy as np
 import scipy.sparse as sp
@@ -34,7 +43,6 @@ from tqdm import tqdm
 import data
 import metrics
 import ops
-import run
 
 DEFAULTS = dict(
     dim=64,              # paper: 64
@@ -42,8 +50,8 @@ DEFAULTS = dict(
     tau=0.1,             # paper: 0.1
     lam=0.2,             # paper: usually 0.2; Figure 4: 0.4 to 0.8
     cima="softmax",      # paper: Eq. 11 as printed is undefined
-    bias="global",       # paper: none; ours leaves the popularity plateau
-    lr=1e-2,             # paper: usually 1e-3; ours converges five times sooner
+    bias="global",       # paper: none; ours learns the base rate
+    lr=1e-2,             # paper: usually 1e-3; ours needs fewer epochs
     weight_decay=0.75,   # paper: none; times (1 - lam) / n_users
     batch=2048,          # paper: 2048, users and CIMA's items
     epochs=1000,         # paper: not said; at most
@@ -51,34 +59,9 @@ DEFAULTS = dict(
     eval_every=5,        # paper: not said; epochs between validations
 )
 
+ALL = slice(None)  # every node: x[ALL] is x itself, where x[arange(n)] would copy it
 
-# --- Intra-modal aggregation (Eq. 4) ------------------------------------------------------
-
-def pool_reviews(review, users, n_users, in_train, chunk=1 << 15):
-    """e_u^1: the mean of each user's *training* reviews (Eq. 4). A held-out one is never read.
-
-    review [n, d_m]: one row per interaction, NaN where it has no text, which does not count;
-    users int [n]: whose it is; in_train bool [n]. Returns float32 [n_users, d_m], NaN rows for
-    users without any.
-    """
-    total = np.zeros((n_users, review.shape[1]), np.float32)
-    count = np.zeros(n_users, np.float32)
-    train_rows = np.flatnonzero(in_train)
-    # In chunks: the reviews may be a file on disk that is larger than memory.
-    for start in range(0, len(train_rows), chunk):
-        rows = train_rows[start:start + chunk]
-        block = np.asarray(review[rows], np.float32)                                  # [c, d_m]
-        has_text = ~np.isnan(block[:, 0])
-        author = users[rows][has_text]
-        # A sparse matrix with a 1 at (author, review) adds each author's rows up.
-        column = np.arange(len(author))
-        ones = np.ones(len(author), np.float32)
-        membership = sp.csr_matrix((ones, (author, column)), (n_users, len(author)))
-        total += membership @ block[has_text]
-        count += np.bincount(author, minlength=n_users)
-    # A user without reviews has no such modality, which is not the same as a zero vector.
-    count[count == 0] = np.nan
-    return total / count[:, None]
+CLEARLY_BELOW = 0.98  # a loss is clearly below another one where it is below this share of it
 
 
 # --- Graph encoder (Eq. 1, 2) -------------------------------------------------------------
@@ -95,7 +78,39 @@ def graph_encoder(e0, neighbour_mean, n_layers):
     return torch.stack(layers).mean(0)
 
 
-# --- Inter-modal aggregation (Eq. 6-8 for users, 12-14 for items) -------------------------
+# --- Intra-modal aggregation (Eq. 4) ------------------------------------------------------
+
+def pool_reviews(review, users, n_users, in_train, chunk=32_768):
+    """e_u^1: the mean of the encoded reviews of each user's *training* interactions (Eq. 4).
+
+    The review of a validation or test interaction is left out. review [n, d_m]: a row per
+    interaction of the data set, NaN throughout where it has no text, which does not count;
+    users int [n]: whose it is; in_train bool [n]. Returns float32 [n_users, d_m], NaN rows for
+    users without any.
+    """
+    total = np.zeros((n_users, review.shape[1]), np.float32)
+    count = np.zeros(n_users, np.float32)
+    train_rows = np.flatnonzero(in_train)
+    # In chunks: the reviews may be a file on disk that is larger than memory.
+    for start in range(0, len(train_rows), chunk):
+        rows = train_rows[start:start + chunk]
+        block = np.asarray(review[rows], np.float32)                                  # [c, d_m]
+        has_text = ~np.isnan(block[:, 0])
+        author = users[rows][has_text]
+        # np.add.at(total, author, block[has_text]), but much faster: the product with a sparse
+        # matrix that has a 1 at (author, review).
+        review_number = np.arange(len(author), dtype=np.int64)
+        ones = np.ones(len(author), np.float32)
+        wrote = sp.csr_matrix((ones, (author, review_number)), (n_users, len(author)))
+        total += wrote @ block[has_text]
+        count += np.bincount(author, minlength=n_users)
+    # A user without reviews gets a NaN row: the modality is missing, which is not the same as
+    # a zero vector.
+    count[count == 0] = np.nan
+    return total / count[:, None]
+
+
+# --- Inter-modal aggregation (Eq. 5-8 for users, 9, 12-14 for items) ----------------------
 
 def inter_modal_aggregation(projected, present, a):
     """e = sum_m alpha_m e'^m with alpha = softmax_m(ReLU(a . e'^m)) (Eq. 7, 8; 13, 14).
@@ -104,31 +119,31 @@ def inter_modal_aggregation(projected, present, a):
     modality gets alpha = 0; where all are missing, alpha and e are 0.
     """
     logits = F.relu(projected @ a)                                                      # [n, M]
-    # -inf only after the ReLU, which would turn it into a 0 that still has weight. A node that
-    # has nothing keeps its logits, or its softmax would be NaN.
-    has_nothing = ~present.any(1, keepdim=True)
-    logits = logits.masked_fill(~(present | has_nothing), -torch.inf)
+    # After the ReLU, which would turn the mask into a 0 that still has weight. The lowest number
+    # instead of -inf: a softmax over -inf alone is NaN.
+    logits = logits.masked_fill(~present, torch.finfo(logits.dtype).min)
     alpha = torch.softmax(logits, 1) * present
     e = (alpha[:, :, None] * projected).sum(1)                                          # [n, d]
     return e, alpha
 
 
-def standardise(features):
-    """Frozen features as W sees them: unit rows, centred, of root mean square norm 1.
+def normalise(features):
+    """What W sees of a modality (ours): rows of length 1, centred, rescaled to a mean length of 1.
 
     features [n, d_m], NaN rows where a node lacks the modality -> (float32 [n, d_m], present
-    bool [n]).
+    bool [n]). The mean length is the root mean square.
     """
     x = torch.from_numpy(np.array(features, np.float32))
-    # Missing rows become 0 before W, or NaN would reach its gradient. A zero row has no
-    # direction, so it counts as missing too.
+    # A missing row becomes 0: NaN would spread to the gradient of W.
     x = F.normalize(torch.nan_to_num(x))
+    # A zero row has no direction, so it counts as missing too.
     present = x.any(1)
-    # Encoders' outputs lie in a narrow cone. W and b could absorb centre and scale, but Adam
-    # would take long to find them.
+    # Encoders' outputs lie close together, in a narrow cone. W and b could undo that, but Adam
+    # would take long to find how.
     if present.any():
         x[present] -= x[present].mean(0)
-        x /= x[present].square().sum(1).mean().sqrt().clamp(min=1e-3)
+        length = x[present].square().sum(1).mean().sqrt()
+        x /= length.clamp(min=1e-3)  # where all rows are the same nothing is left
     return x, present
 
 
@@ -136,41 +151,50 @@ class Tower(nn.Module):
     """One side: its modalities' encoders, projections and inter-modal aggregation.
 
     features: {modality: float [n, d_m]}, NaN rows where a node lacks it; graph: an
-    ops.CoInteractionGraph or None. A node without any modality, or a whole side that
-    --modalities leaves without, uses its row of a trained table, the fallback.
+    ops.CoInteractionGraph or None. A node that has no modality at all gets a row of a trained
+    table instead, the fallback.
     """
 
     def __init__(self, n, features, graph, dim=64, n_layers=2):
         super().__init__()
         self.graph, self.n_layers = graph, n_layers
-        self.modalities = list(features) + (["G"] if graph else [])
-        present = torch.ones(n, len(self.modalities), dtype=torch.bool)
-        self.W = nn.ModuleDict()                                           # W_m, b_m (Eq. 6, 12)
-        for m, name in enumerate(self.modalities):
-            width = dim
-            if name != "G":
-                x, present[:, m] = standardise(features[name])
-                self.register_buffer(f"feature_{name}", x, persistent=False)
-                width = x.shape[1]
-            self.W[name] = nn.Linear(width, dim)
+        self.modalities = list(features)
+        width = {}                                                                     # {m: d_m}
+        present = []
+        for name in features:
+            x, has_it = normalise(features[name])
+            # A buffer goes to the GPU with the model, and is left out of checkpoints.
+            self.register_buffer(f"feature_{name}", x, persistent=False)
+            width[name] = x.shape[1]
+            present.append(has_it)
+        if graph is not None:
+            self.modalities.append("G")
+            width["G"] = dim
+            present.append(torch.ones(n, dtype=torch.bool))
+        present = torch.stack(present, 1) if present else torch.ones(n, 0, dtype=torch.bool)
         self.register_buffer("present", present, persistent=False)                      # [n, M]
+        self.W = nn.ModuleDict()             # (Eq. 6, 12): .weight [d, d_m] is W_m^T, .bias b_m
+        for name in self.modalities:
+            self.W[name] = nn.Linear(width[name], dim)
         for linear in self.W.values():
             nn.init.xavier_uniform_(linear.weight)
             nn.init.zeros_(linear.bias)
-        self.e0 = xavier_table(n, dim) if graph else None
+        self.e0 = xavier_table(n, dim) if graph is not None else None
         self.fallback = None if present.any(1).all() else xavier_table(n, dim)
         if self.modalities:
-            # Not 0: there the ReLU has no gradient, and a would stay.
-            self.a = nn.Parameter(nn.init.xavier_uniform_(torch.empty(dim, 1))[:, 0])
+            # Not zeros: then all logits would be 0, where the ReLU has no gradient.
+            a = nn.init.xavier_uniform_(torch.empty(dim, 1))
+            self.a = nn.Parameter(a[:, 0])
 
     def forward(self, nodes):
-        """nodes int64 [b] -> (e [b, d], alpha [b, M], projected [b, M, d])."""
+        """nodes int64 [b], or ALL -> (e [b, d], alpha [b, M], projected [b, M, d])."""
         present = self.present[nodes]
         if not self.modalities:
             return self.fallback[nodes], present.float(), None
         projected = []
         for name in self.modalities:
             if name == "G":
+                # All nodes are encoded (Eq. 5, 9): neighbours of these may be any.
                 encoded = graph_encoder(self.e0, self.graph, self.n_layers)[nodes]      # [b, d]
             else:
                 encoded = self.get_buffer(f"feature_{name}")[nodes]                   # [b, d_m]
@@ -183,53 +207,54 @@ class Tower(nn.Module):
         return e, alpha, projected
 
     @torch.no_grad()
-    def embed(self, chunk=1 << 15):
+    def embed(self, chunk=32_768):
         """(e [n, d] of all nodes, {modality: its mean attention over the nodes that have it})."""
         nodes = torch.arange(len(self.present), device=self.present.device)
-        # In parts, so that no [n, M, d] of all nodes is held.
+        # In chunks, so that no [n, M, d] of all nodes is held.
         e, alpha = [], []
         for part in nodes.split(chunk):
             e_part, alpha_part, _ = self(part)
             e.append(e_part)
             alpha.append(alpha_part)
-        attention = torch.cat(alpha).sum(0) / self.present.sum(0).clamp(min=1)
+        n_present = self.present.sum(0).clamp(min=1)                                       # [M]
+        attention = torch.cat(alpha).sum(0) / n_present
         return torch.cat(e), dict(zip(self.modalities, attention.tolist()))
 
 
 def xavier_table(n, dim):
+    """A trained table, initialised as the paper does the graph's (Section 4.1.4)."""
     return nn.Parameter(nn.init.xavier_uniform_(torch.empty(n, dim)))
 
 
 # --- Contrastive inter-modal alignment, CIMA (Eq. 11) -------------------------------------
 
-def cima(text, image, tau=0.1, reading="softmax", rows=slice(None)):
+def cima(text, image, tau=0.1, reading="softmax"):
     """L1 / N over N items that have both: text, image [N, d] -> scalar.
 
     The paper writes e^1, e^2, but these are frozen and there would be nothing to train: text
     and image are the projections e'^1, e'^2. Eq. 11 as printed takes the log of a number that
     may be negative. Two readings: "softmax", CLIP's symmetric cross-entropy ("which of the
     N x N possible pairings actually occurred"); "bce", the formula with a sigmoid.
-    rows: of the N x N matrix and its transpose, those to sum over; one process's share.
     """
     text, image = F.normalize(text, dim=1), F.normalize(image, dim=1)
-    # s_pq = cos(text_p, image_q) / tau. The true pairs are on the diagonal.
-    s = text[rows] @ image.T / tau                                                     # [N', N]
-    true_pair = torch.arange(len(text), device=text.device)[rows]                         # [N']
+    s = text @ image.T / tau                         # s_pq = cos(text_p, image_q) / tau, [N, N]
     if reading == "bce":
-        return (F.softplus(s).sum() - s.gather(1, true_pair[:, None]).sum()) / len(text)
-    s_transposed = image[rows] @ text.T / tau                                          # [N', N]
-    text_to_image = F.cross_entropy(s, true_pair, reduction="sum")
-    image_to_text = F.cross_entropy(s_transposed, true_pair, reduction="sum")
-    return (text_to_image + image_to_text) / (2 * len(text))
+        C = torch.eye(len(s), device=s.device, dtype=s.dtype)
+        return F.binary_cross_entropy_with_logits(s, C, reduction="sum") / len(s)
+    own = torch.arange(len(s), device=s.device)      # the image of text p is the p-th
+    text_to_image = F.cross_entropy(s, own, reduction="sum")
+    image_to_text = F.cross_entropy(image @ text.T / tau, own, reduction="sum")
+    return (text_to_image + image_to_text) / (2 * len(s))
 
 
 # --- The model and its joint objective (Eq. 15, 16) ---------------------------------------
 
 class MMCPR(nn.Module):
-    """Both towers and the bias of the score, which is trained but never handed over.
+    """Both towers, and the bias of the score, which is trained but not written to emb.npz.
 
     R: CSR [n_users, n_items]; features: {"R": [n_users, d_m], "T", "V": [n_items, d_m]}, any
-    subset; bias: "global", one number, or "none", Eq. 15 as printed.
+    subset; bias: "global", one number, or "none", as in Eq. 15. `objective` below is what
+    is computed in a step.
     """
 
     def __init__(self, R, features, modalities="RTVG", dim=64, n_layers=2, bias="global",
@@ -243,13 +268,13 @@ class MMCPR(nn.Module):
             item_graph = ops.CoInteractionGraph(R.T.tocsr(), device)
         user_features = {m: features[m] for m in "R" if m in features}
         item_features = {m: features[m] for m in "TV" if m in features}
-        self.users = Tower(n_users, user_features, user_graph, dim, n_layers)
-        self.items = Tower(self.n_items, item_features, item_graph, dim, n_layers)
+        self.user_tower = Tower(n_users, user_features, user_graph, dim, n_layers)
+        self.item_tower = Tower(self.n_items, item_features, item_graph, dim, n_layers)
         if bias == "none":
             self.register_buffer("bias", torch.zeros(1), persistent=False)
         else:
-            # Started at the log-odds of the density, about -7, which the embeddings would have
-            # to spell out otherwise.
+            # It starts at the log-odds of the density, about -7. Without it e_u . e_i would have
+            # to learn that constant.
             density = R.nnz / n_users / self.n_items
             log_odds = float(np.log(density / (1 - density)))
             self.bias = nn.Parameter(torch.full((1,), log_odds))
@@ -257,71 +282,100 @@ class MMCPR(nn.Module):
 
     def items_with_pair(self):
         """The items that have both text and image, int64 [N]: those that CIMA aligns."""
-        if self.items.modalities[:2] != ["T", "V"]:
+        if self.item_tower.modalities[:2] != ["T", "V"]:  # they come before G
             return torch.empty(0, dtype=torch.int64)
-        return self.items.present[:, :2].all(1).nonzero()[:, 0]
+        return self.item_tower.present[:, :2].all(1).nonzero()[:, 0]
 
     def embed(self):
         """(user [n_users, d], item [n_items, d], {side: its mean attention})."""
-        user, user_attention = self.users.embed()
-        item, item_attention = self.items.embed()
+        user, user_attention = self.user_tower.embed()
+        item, item_attention = self.item_tower.embed()
         return user, item, {"user": user_attention, "item": item_attention}
 
 
 def objective(model, R, users, cima_items, positives_per_block, lam=0.2, tau=0.1,
               reading="softmax"):
-    """L = lam L1 + (1 - lam) L2 of one step (Eq. 16): (L1 per item, L2 per positive, L).
+    """L = lam L1 + (1 - lam) L2 of one step (Eq. 16).
 
-    users int64 [B]: the block of users; cima_items int64 [N]; positives_per_block: the mean
-    number of training interactions in a block. The paper sums both losses; we divide both by
-    that one constant, so that lam weighs what the paper's weighs. With lam 0 or 1 the other
-    term is not computed. Of several processes each returns its share of the sums.
+    R: CSR tensor [n_users, n_items]; users int64 [B]: the block of users; cima_items int64 [N];
+    positives_per_block: the mean number of training interactions in a block.
+
+    L1 and L2 are sums. The loss is L / positives_per_block: one constant under both, so that lam
+    weighs them as in the paper and the size of a block does not matter:
+
+        loss = lam L1 / positives_per_block + (1 - lam) L2 / positives_per_block
+
+    Returns (L1 / N, L2 / positives_per_block, loss), scalars. With lam 0 or 1 the other term is
+    0 and not computed.
     """
-    device = model.items.present.device
-    # A block of users is scored against all items, and CIMA needs some of these too.
-    every_item = torch.arange(model.n_items, device=device)
-    item, _, projected = model.items(every_item)               # [n_items, d], [n_items, M, d]
-    l1 = l2 = torch.zeros((), device=device)
+    # A block of users is scored against all items, and CIMA needs some of them too.
+    item, _, projected = model.item_tower(ALL)                 # [n_items, d], [n_items, M, d]
+    l1 = l2 = torch.zeros((), device=item.device)
     if lam > 0 and len(cima_items) > 1:
-        text, image = projected[cima_items, 0], projected[cima_items, 1]                # [N, d]
-        l1 = cima(text, image, tau, reading, run.my_share())
+        aligned = projected[cima_items]                                              # [N, M, d]
+        text, image = aligned[:, 0], aligned[:, 1]
+        # Every process computes all of it, so each counts for a share of the sum.
+        l1 = cima(text, image, tau, reading) / run.n_processes()
     if lam < 1:
         users = users[run.my_share()]
-        user, _, _ = model.users(users)                                                 # [B, d]
+        user, _, _ = model.user_tower(users)                                            # [B, d]
         bias = model.bias.expand(model.n_items)
-        l2 = ops.bce(user, item, bias, R[users.cpu().numpy()]) / positives_per_block    # (Eq. 15)
+        rows, cols = ops.row_entries(R, users)
+        l2 = ops.bce(user, item, bias, rows, cols) / positives_per_block                # (Eq. 15)
     loss = lam * l1 * len(cima_items) / positives_per_block + (1 - lam) * l2
     return l1, l2, loss
 
 
 # --- Pre-training -------------------------------------------------------------------------
 
+def train_epoch(model, optimizer, R, cima_items, args):
+    """One pass over the users, in blocks: (L1 per item, L2 per positive), floats.
+
+    R: CSR tensor [n_users, n_items] on the model's device, where all is drawn too.
+    """
+    n_users, device = R.shape[0], R.device
+    batch = min(args.batch, n_users)
+    positives_per_block = batch * len(R.col_indices()) / n_users
+    loss_sums = torch.zeros(2, device=device)
+    blocks = torch.randperm(n_users, device=device).split(batch)
+    for users in blocks:
+        # N items, drawn anew for each step.
+        drawn = torch.randperm(len(cima_items), device=device)[:args.batch]
+        l1, l2, loss = objective(model, R, users, cima_items[drawn],
+                                 positives_per_block, args.lam, args.tau, args.cima)
+        optimizer.zero_grad()
+        loss.backward()
+        run.sum_gradients(model)
+        optimizer.step()
+        loss_sums += run.all_sum(torch.stack([l1, l2]).detach())
+    # L1 was a mean in each step. L2 was divided by the positives of a whole block, which the
+    # last one may not be: its sum is what counts.
+    return loss_sums[0].item() / len(blocks), loss_sums[1].item() * batch / n_users
+
+
 def pretrain(parts, features, args, device="cpu", checkpoint=None):
     """Trains MMCPR on parts.train: (user, item, report) of the epoch that validation chose.
 
-    An epoch is one pass over the users in blocks of args.batch. With args.lam 1 users stay as
-    they were drawn, and the CIMA loss of held-out items chooses the epoch. With neither, the
-    last of args.epochs is taken.
+    The epoch is chosen by Recall@20 on validation; with args.lam 1, where users stay as they
+    were drawn, by the CIMA loss of held-out items; without validation it is the last one.
     """
     torch.manual_seed(args.seed)
     started = time.time()
     checkpoint = checkpoint or run.Checkpoint()
-    R = parts.train
-    n_users = R.shape[0]
-    batch = min(args.batch, n_users)
-    # What both losses are divided by: a constant, so that all blocks weigh alike.
-    positives_per_block = batch * R.nnz / n_users
-    model = MMCPR(R, features, args.modalities, args.dim, args.layers, args.bias, device)
+    train = parts.train
+    R = ops.sparse_tensor(train, device)
+    model = MMCPR(train, features, args.modalities, args.dim, args.layers, args.bias, device)
     print_graphs(model)
     cima_items, heldout_items = choose_cima_items(model, args)
-    # A user's row sees 1 / n_users of the mean loss, so its decay falls alike. And where lam
-    # takes weight from BCE it takes it from the decay too: lam is to weigh CIMA alone.
-    decay = args.weight_decay * (1 - args.lam) / n_users
+    # In a step a user's row gets about 1 / n_users of the loss's gradient, so the decay is divided
+    # alike, or it would weigh more the larger the data is. And it shrinks with BCE's weight
+    # 1 - lam, or with a large lam little else would move the tables.
+    decay = args.weight_decay * (1 - args.lam) / R.shape[0]
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, weight_decay=decay, fused=True)
-    plateau = popularity_loss(R)
+    popularity = popularity_loss(train)
 
     progress = checkpoint.restore(model, optimizer) or {
-        "epoch": 0, "history": [], "best": None, "plateau_left": None, "seconds": 0.0}
+        "epoch": 0, "history": [], "best": None, "beat_popularity_at": None, "seconds": 0.0}
     started -= progress["seconds"]  # of the run that was interrupted
     interrupted = False
     epochs = range(progress["epoch"] + 1, args.epochs + 1)
@@ -331,21 +385,7 @@ def pretrain(parts, features, args, device="cpu", checkpoint=None):
         for epoch in bar:
             if out_of_patience(progress, args.patience):
                 break
-            loss_sums = torch.zeros(2, device=device)
-            blocks = torch.randperm(n_users).split(batch)
-            for users in blocks:
-                # N items, drawn anew for each step.
-                drawn = torch.randperm(len(cima_items))[:args.batch].to(device)
-                l1, l2, loss = objective(model, R, users.to(device), cima_items[drawn],
-                                         positives_per_block, args.lam, args.tau, args.cima)
-                optimizer.zero_grad()
-                loss.backward()
-                run.sum_gradients(model)  # of several processes, under torchrun
-                optimizer.step()
-                loss_sums += run.all_sum(torch.stack([l1, l2]).detach())
-
-            l1 = loss_sums[0].item() / len(blocks)
-            l2 = loss_sums[1].item() * batch / n_users  # the last block may be smaller
+            l1, l2 = train_epoch(model, optimizer, R, cima_items, args)
             if not np.isfinite(l1 + l2):
                 raise run.InputError(f"the loss is not finite at epoch {epoch}; "
                                      f"lower --lr (now {args.lr})")
@@ -353,14 +393,14 @@ def pretrain(parts, features, args, device="cpu", checkpoint=None):
                 value, measured = validate(model, parts, heldout_items, epoch, args)
                 point = {"epoch": epoch, "cima": l1, "bce": l2, **measured}
                 progress["history"].append(point)
-                # Until L2 is 2 % below what item popularity alone would give, all that is
-                # learned is how popular items are. Patience starts after that.
-                if progress["plateau_left"] is None and l2 < 0.98 * plateau:
-                    progress["plateau_left"] = epoch
+                # First the model learns how popular items are, and validation stands still.
+                # Patience starts when it knows more than that.
+                if progress["beat_popularity_at"] is None and l2 < CLEARLY_BELOW * popularity:
+                    progress["beat_popularity_at"] = epoch
                 # The epoch is chosen on validation; test is not looked at here.
                 if progress["best"] is None or value > progress["best"]["value"]:
                     weights = {name: x.clone() for name, x in model.state_dict().items()}
-                    progress["best"] = {"value": value, "point": point, "weights": weights}
+                    progress["best"] = {"value": value, "weights": weights, **point}
                 bar.set_postfix({k: f"{v:.4f}" for k, v in point.items() if k != "epoch"})
             progress["epoch"], progress["seconds"] = epoch, time.time() - started
             checkpoint.update(model, optimizer, progress)
@@ -374,7 +414,7 @@ def pretrain(parts, features, args, device="cpu", checkpoint=None):
 
     model.load_state_dict(progress["best"]["weights"])
     user, item, attention = model.embed()
-    best = progress["best"]["point"]
+    best = progress["best"]
     if not torch.isfinite(user.square().sum() + item.square().sum()):
         raise run.InputError(f"the tables are not finite at epoch {best['epoch']}; "
                              f"lower --lr (now {args.lr})")
@@ -387,7 +427,7 @@ def pretrain(parts, features, args, device="cpu", checkpoint=None):
         "seconds": round(time.time() - started, 1),
         "losses": {"cima": best["cima"], "bce": best["bce"]}, "attention": attention,
         "alignment": alignment(model, pairs) | {"held_out": len(heldout_items) > 0},
-        "popularity_loss": plateau, "valid": {"recall@20": recall},
+        "popularity_loss": popularity, "valid": {"recall@20": recall},
         "rms": {"user": rms(user), "item": rms(item), "all": rms(torch.cat([user, item]))},
         "history": progress["history"]}
     return user.cpu().numpy(), item.cpu().numpy(), report
@@ -395,7 +435,7 @@ def pretrain(parts, features, args, device="cpu", checkpoint=None):
 
 def choose_cima_items(model, args):
     """(items that CIMA trains on, items held out to choose the epoch by), int64, shuffled."""
-    device = model.items.present.device
+    device = model.item_tower.present.device
     items = model.items_with_pair().to(device)
     # Shuffled, so that the held-out tenth is a random one.
     items = items[torch.randperm(len(items)).to(device)]
@@ -412,15 +452,14 @@ def validate(model, parts, heldout_items, epoch, args):
     """(the value whose largest chooses the epoch, what to report of it)."""
     if args.lam == 1:
         with torch.no_grad():
-            _, _, projected = model.items(heldout_items)
-            loss = cima(projected[:, 0], projected[:, 1], args.tau, args.cima, run.my_share())
-            loss = run.all_sum(loss).item()
+            _, _, projected = model.item_tower(heldout_items)
+            loss = cima(projected[:, 0], projected[:, 1], args.tau, args.cima).item()
         return -loss, {"held_out_cima": loss}
     if parts.valid.nnz:
         user, item, _ = model.embed()
         recall = validation_recall(user, item, parts)
         return recall, {"recall@20": recall}
-    return epoch, {}
+    return epoch, {}  # so that the last one is chosen
 
 
 def validation_recall(user, item, parts):
@@ -428,17 +467,21 @@ def validation_recall(user, item, parts):
 
 
 def out_of_patience(progress, patience):
-    """Whether `patience` epochs have passed since the best one, and since the plateau."""
-    if progress["plateau_left"] is None:
+    """Whether the last validation came `patience` epochs after the best one or later.
+
+    Counted from the epoch that was clearly better than popularity, where that came after it.
+    """
+    if progress["beat_popularity_at"] is None:
         return False
-    best_epoch = progress["best"]["point"]["epoch"]
-    return progress["epoch"] - max(best_epoch, progress["plateau_left"]) >= patience
+    since = max(progress["best"]["epoch"], progress["beat_popularity_at"])
+    return progress["history"][-1]["epoch"] - since >= patience
 
 
 def popularity_loss(R):
     """L2 per positive of the best score that knows how popular items are, and nothing else.
 
-    That is s_ui = log-odds of p_i = deg(i) / n_users.
+    That score gives every user the probability p_i = deg(i) / n_users, so that the loss is
+    -n_users sum_i (p_i log p_i + (1 - p_i) log(1 - p_i)), over the number of positives.
     """
     n_users = R.shape[0]
     p = np.asarray(R.sum(0), np.float64).ravel() / n_users
@@ -455,7 +498,7 @@ def alignment(model, items, k=10, chunk=1024):
     n = len(items)
     if n < 2:
         return {}
-    _, _, projected = model.items(items)
+    _, _, projected = model.item_tower(items)
     text, image = F.normalize(projected[:, 0], dim=1), F.normalize(projected[:, 1], dim=1)
     cosine_true = (text * image).sum(1)
     ranks = []
@@ -465,6 +508,7 @@ def alignment(model, items, k=10, chunk=1024):
         # Ties count against a pair: where all vectors are one, nothing is found.
         ranks.append((s >= true_score).sum(1) - 1)
     found = (torch.cat(ranks) < k).double().mean().item()
+    # sum_pq text_p . image_q = (sum_p text_p) . (sum_q image_q)
     all_pairs = text.double().sum(0) @ image.double().sum(0)
     cosine_false = (all_pairs - cosine_true.double().sum()) / (n * (n - 1))
     return {f"text_to_image_recall@{k}": found, "cosine_true": cosine_true.mean().item(),
@@ -474,26 +518,27 @@ def alignment(model, items, k=10, chunk=1024):
 # --- What is printed ----------------------------------------------------------------------
 
 def print_graphs(model):
-    for side, tower in (("user", model.users), ("item", model.items)):
+    for side, tower in (("user", model.user_tower), ("item", model.item_tower)):
         if tower.graph is None:
             continue
-        how = "kept as it is"
+        how = "written out"
         if tower.graph.A is None:
-            how = f"a product touches {tower.graph.n_read:,}, by R(R'x) - Ex"
+            how = f"not written out: a product reads {tower.graph.n_read:,} instead"
         print(f"{side} graph: {tower.graph.n_edges:,} entries, {how}")
 
 
 def print_report(report):
     """The numbers at the end of pre-training."""
-    l1, l2 = report["losses"]["cima"], report["losses"]["bce"]
     popularity = report["popularity_loss"]
+    losses = {}
+    for name, loss in report["losses"].items():
+        losses[name] = f"{loss:.4f}" if loss else "left out"
     print(f"epoch {report['epoch']} of {report['epochs_run']} in {report['seconds']:.0f} s: "
-          f"CIMA (L1/N) {f'{l1:.4f}' if l1 else 'left out'}, "
-          f"BCE (L2 per positive) {f'{l2:.4f}' if l2 else 'left out'} "
+          f"CIMA (L1/N) {losses['cima']}, BCE (L2 per positive) {losses['bce']} "
           f"(popularity alone: {popularity:.4f})")
-    if l2 >= 0.98 * popularity:
+    if report["losses"]["bce"] >= CLEARLY_BELOW * popularity and not report["interrupted"]:
         print("that is hardly better than popularity alone: "
-              "give it more --epochs, or another --lr")
+              "try --weight-decay 0, then another --lr")
     for side, attention in report["attention"].items():
         weights = ", ".join(f"{m} {weight:.3f}" for m, weight in attention.items())
         nothing = "none: this side has no modality, each node has a row of its own"
@@ -557,15 +602,16 @@ def check_arguments(args):
             "--tau and --lr must be above 0, --weight-decay at least 0, all finite")
     if args.lam > 0 and args.batch < 2:
         raise run.InputError("--batch must be at least 2 for CIMA; or pass --lam 0")
-    run.check_outputs(args.out)
+    run.check_outputs([args.out])
 
 
 def pretrain_and_save(args):
     with run.main_process_first():
         dataset, parts, data_options = data.open_data(args, modalities=args.modalities)
+        run.check_outputs([args.out], folder=dataset.folder)
         features = data.features(dataset, args.modalities, args.encoder,
                                  Path(data_options["data_dir"]),
-                                 (args.clip_model, args.clip_weights))
+                                 (args.clip_model, args.clip_weights), args.device)
     if "R" in features:
         features["R"] = pool_reviews(features["R"], dataset.users, dataset.n_users,
                                      parts.in_train)
@@ -580,9 +626,11 @@ def pretrain_and_save(args):
                 "torch": torch.__version__}
     meta = {"method": "MMCPR", "data": data_options, "options": options, "report": report,
             "versions": versions}
-    if run.is_main_process():
-        data.save_embeddings(args.out, dataset, parts, user, item, meta)
+    # Printed first: a full disk must not take the numbers too.
     print_report(report)
+    if run.is_main_process():
+        with checkpoint.kept_if_writing_fails():
+            data.save_embeddings(args.out, dataset, parts, user, item, meta)
     if report["interrupted"]:
         run.wait_for_all()
         raise run.InputError(

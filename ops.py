@@ -1,14 +1,16 @@
 """What makes both scripts fast: each operator right under its plain definition.
 
-`x_plain` says what is computed, in a few lines; `x` computes the same, faster. The tests and
-paper/bench.py compare exactly these pairs, values and gradients.
+A plain definition says what is computed, in a few lines; the fast one computes the same. The
+tests compare exactly these pairs, values and gradients, and paper/bench.py times them. To
+understand the method the plain ones are enough. Letters mean what their section says.
 
-    sparse_product        a sparse matrix times a table of vectors
-    CoInteractionGraph    the mean over co-interaction neighbours (Eq. 1), the graph unwritten
-    bce                   binary cross-entropy over all entries of R (Eq. 15)
-    layer_rows            rows of LightGCN's layers, with the gradient at few rows
-    hard_negatives        MixGCF's hop mixing: which candidate each layer takes
-    NegativeSampler       items that a user has not interacted with
+    plain                    fast
+    sparse_product_plain     sparse_product       a sparse matrix times a table of vectors
+    neighbour_mean_plain     CoInteractionGraph   the mean over co-interaction neighbours (Eq. 1)
+    bce_plain                bce                  cross-entropy over all entries of R (Eq. 15)
+    layer_rows_plain         layer_rows           rows of LightGCN's layers
+    hard_negatives_plain     hard_negatives       MixGCF's hop mixing
+    sample_negatives_plain   NegativeSampler      items that a user has not interacted with
 """
 import warnings
 from typing import NamedTuple
@@ -23,11 +25,13 @@ import torch.nn.functional as F
 
 def sparse_tensor(matrix, device="cpu", dtype=torch.float32):
     """A scipy CSR matrix as a torch CSR tensor."""
+    # Half the memory of 64 bits, which are taken where 32 could not count the entries.
+    index = np.int32 if matrix.nnz < 1 << 31 else np.int64
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch calls its CSR layout beta
         return torch.sparse_csr_tensor(
-            torch.from_numpy(matrix.indptr.astype(np.int32)),
-            torch.from_numpy(matrix.indices.astype(np.int32)),
+            torch.from_numpy(matrix.indptr.astype(index)),
+            torch.from_numpy(matrix.indices.astype(index)),
             torch.from_numpy(matrix.data).to(dtype), matrix.shape).to(device)
 
 
@@ -37,7 +41,11 @@ def sparse_product_plain(matrix, x):
 
 
 def sparse_product(matrix, x):
-    """The same. On a CPU embedding_bag sums the same rows in a third of the time."""
+    """The same, on a CPU in a third of the time; on a GPU cuSPARSE's product is the one taken.
+
+    Row i of the product is the weighted sum of those rows of x that row i of the matrix has
+    entries for: what embedding_bag computes for a bag of rows.
+    """
     if x.is_cuda:
         return sparse_product_plain(matrix, x)
     return F.embedding_bag(
@@ -61,19 +69,20 @@ def co_interaction_plain(R):
 def neighbour_mean_plain(A, x):
     """D^-1 A x: the mean of x over each row's neighbours (Eq. 1); 0 where there are none.
 
-    A: dense [n, n], x [n, d] -> [n, d].
+    A: tensor [n, n], dense or CSR; x [n, d] -> [n, d].
     """
-    return A @ x / A.sum(1, keepdim=True).clamp(min=1)
+    degree = A @ torch.ones_like(x[:, :1])                                             # [n, 1]
+    return A @ x / degree.clamp(min=1)
 
 
 class CoInteraction(NamedTuple):
     """A, or what stands for it: R and E with A x = R (R^T x) - E x.
 
     Written out, A has up to sum_i deg(i)^2 entries, far more than R. But C = R R^T counts
-    what each two rows share, so A = C - E, where
+    what each two rows share, so A = C - E with the excess
         E_ab = C_ab - 1 where C_ab >= 2 (a != b),    E_aa = C_aa.
-    Two thin products, and an E that holds only the diagonal and the pairs that share two or
-    more. The form that has fewer entries is kept: R and E, or A where the data is dense.
+    C x = R (R^T x) is two thin products, and E holds only the diagonal and the pairs that
+    share two or more. The form with fewer entries is kept: R and E, or A where data is dense.
     """
     n_neighbours: np.ndarray  # float32 [n]
     R: sp.csr_matrix | None   # float32 [n, m]
@@ -87,53 +96,54 @@ def build_co_interaction(R, storage="auto", block_entries=1 << 24):
     storage: "auto" chooses by count, "A" and "RE" force one.
     """
     R = sp.csr_matrix(R, dtype=np.float32)
-
-    def excess(off_diagonal, C):
-        keep = ~off_diagonal | (C >= 2)
-        return keep, np.where(off_diagonal, C - 1, C)
-
-    def adjacency(off_diagonal, C):
-        return off_diagonal, np.ones_like(C)
-
-    E, n_neighbours = select_from_product(R, excess, block_entries)
+    E_blocks, n_neighbours = [], []
+    for C, is_edge in shared_counts(R, block_entries):
+        ends = np.cumsum(np.append(0, is_edge), dtype=np.int64)[C.indptr]
+        n_neighbours.append(np.diff(ends))
+        C.data -= is_edge
+        C.eliminate_zeros()  # pairs that share one column
+        E_blocks.append(C)
+    n_neighbours = np.concatenate(n_neighbours).astype(np.float32)
+    E = stack_blocks(E_blocks)
     n_edges = n_neighbours.sum(dtype=np.float64)
     if storage == "RE" or (storage == "auto" and 2 * R.nnz + E.nnz < n_edges):
         return CoInteraction(n_neighbours, R, E, None)
-    A, _ = select_from_product(R, adjacency, block_entries)
-    return CoInteraction(n_neighbours, None, None, A)
+    # A second pass: where R and E are kept, A has never been in memory.
+    A_blocks = []
+    for C, is_edge in shared_counts(R, block_entries):
+        C.data[:] = is_edge
+        C.eliminate_zeros()
+        A_blocks.append(C)
+    return CoInteraction(n_neighbours, None, None, stack_blocks(A_blocks))
 
 
-def select_from_product(R, select, block_entries):
-    """Entries of C = R R^T, which is never whole in memory, and each row's neighbour count.
+def shared_counts(R, block_entries):
+    """Yields C = R R^T in blocks of rows: (CSR [c, n], bool: which entries have a != b).
 
-    select(off_diagonal, C_ab) -> (bool: which entries stay, their new values), [e] each.
-    Returns (CSR [n, n], float32 [n]).
+    A block is as many rows as take about block_entries multiplications: C is never whole in
+    memory.
     """
     n, Rt = R.shape[0], R.T.tocsr()
-    # A block is as many rows as take about block_entries multiplications.
-    work = np.cumsum(np.concatenate([[0], R @ np.diff(Rt.indptr)]))
-    values, columns, row_sizes, n_neighbours = [], [], [], []
+    multiplications = R @ np.diff(Rt.indptr)
+    done = np.cumsum(np.append(0, multiplications))  # before each row
     start = 0
     while start < n:
-        end = np.searchsorted(work, work[start] + block_entries, side="right") - 1
+        end = np.searchsorted(done, done[start] + block_entries, side="right") - 1
         end = int(min(n, max(end, start + 1)))
-        C = R[start:end] @ Rt                                         # [end - start, n]
-        row = np.repeat(np.arange(end - start), np.diff(C.indptr))
-        off_diagonal = C.indices != row + start
-        keep, value = select(off_diagonal, C.data)
-        values.append(value[keep])
-        columns.append(C.indices[keep])
-        row_sizes.append(np.bincount(row[keep], minlength=end - start))
-        n_neighbours.append(np.bincount(row[off_diagonal], minlength=end - start))
+        C = R[start:end] @ Rt
+        row = np.repeat(np.arange(start, end, dtype=np.int64), np.diff(C.indptr))
+        yield C, C.indices != row
         start = end
-    indptr = np.concatenate([[0], np.cumsum(np.concatenate(row_sizes))])
-    selected = sp.csr_matrix((np.concatenate(values), np.concatenate(columns), indptr), (n, n))
-    selected.sort_indices()
-    return selected, np.concatenate(n_neighbours).astype(np.float32)
+
+
+def stack_blocks(blocks):
+    matrix = sp.vstack(blocks, format="csr")
+    matrix.sort_indices()
+    return matrix
 
 
 class Propagate(torch.autograd.Function):
-    """x -> D^-1 A x for a symmetric A, whose gradient is A (D^-1 g)."""
+    """x -> D^-1 A x for a symmetric A, so that the gradient is (D^-1 A)^T g = A (D^-1 g)."""
 
     @staticmethod
     def forward(ctx, x, adjacency, inverse_degree):
@@ -149,7 +159,8 @@ class Propagate(torch.autograd.Function):
 class CoInteractionGraph:
     """G_u or G_i as the operator x [n, d] -> D^-1 A x [n, d], with its gradient.
 
-    The same as neighbour_mean_plain(co_interaction_plain(R), x). For G_i pass R's transpose.
+    The same as neighbour_mean_plain with A = co_interaction_plain(R). For G_i pass R's
+    transpose.
     """
 
     def __init__(self, R, device="cpu", dtype=torch.float32, storage="auto"):
@@ -172,8 +183,8 @@ class CoInteractionGraph:
         """A x, without gradients."""
         if self.A is not None:
             return sparse_product(self.A, x)
-        shared = sparse_product(self.R, sparse_product(self.Rt, x))                    # C x
-        return shared.sub_(sparse_product(self.E, x))
+        C_x = sparse_product(self.R, sparse_product(self.Rt, x))
+        return C_x.sub_(sparse_product(self.E, x))
 
     def __call__(self, x):
         return Propagate.apply(x, self.adjacency, self.inverse_degree)
@@ -181,46 +192,64 @@ class CoInteractionGraph:
 
 # --- Binary cross-entropy over all of R (Eq. 15) ------------------------------------------
 
-def bce_plain(user, item, bias, R):
+def row_entries(R, users):
+    """Where the entries of the block R[users] are: (rows, cols), int64 [nnz] each.
+
+    R: CSR tensor [n_users, n_items], users int64 [B]; rows are places in `users`. All stays on
+    the device of R.
+    """
+    start = R.crow_indices()[users].long()                                                # [B]
+    n_entries = R.crow_indices()[users + 1].long() - start
+    rows = torch.arange(len(users), device=users.device).repeat_interleave(n_entries)
+    # The block's entries are numbered on from row to row, as those of R from `start` on.
+    block_start = n_entries.cumsum(0) - n_entries
+    number = torch.arange(len(rows), device=users.device)
+    return rows, R.col_indices()[number + (start - block_start)[rows]].long()
+
+
+def bce_plain(user, item, bias, rows, cols):
     """-sum R log(sigma(s)) + (1 - R) log(1 - sigma(s)) with s = user . item + bias.
 
-    user [B, d], item [n_items, d], bias [n_items]; R: binary CSR block [B, n_items].
+    user [B, d], item [n_items, d], bias [n_items]; R [B, n_items] is 1 at (rows, cols), int64
+    [nnz] each, which row_entries gives.
     """
     scores = user @ item.T + bias                                                # [B, n_items]
-    target = torch.from_numpy(R.toarray()).to(scores)
+    target = torch.zeros_like(scores)
+    target[rows, cols] = 1
     return F.binary_cross_entropy_with_logits(scores, target, reduction="sum")
 
 
-def bce(user, item, bias, R):
-    """The same, without a [B, n_items] matrix."""
-    positives = R.tocoo()
-    rows = torch.from_numpy(positives.row).long().to(user.device)                       # [nnz]
-    cols = torch.from_numpy(positives.col).long().to(user.device)
-    return BlockBCE.apply(user, item, bias, rows, cols)
+def bce(user, item, bias, rows, cols):
+    """The same, with at most chunk_scores of the [B, n_items] scores at a time."""
+    # On a CPU a chunk of scores stays in its cache; a GPU wants few, large pieces, 256 MB each.
+    chunk_scores = 1 << 26 if user.is_cuda else 1 << 21
+    return BlockBCE.apply(user, item, bias, rows, cols, chunk_scores)
 
 
 class BlockBCE(torch.autograd.Function):
-    """sum softplus(s) - sum_positives s.
+    """Eq. 15 as sum softplus(s) - sum_positives s.
 
-    Its derivative by s is sigma(s) - R, so the block is scored a chunk of items at a time and
-    the gradients of all three inputs are added up in the forward pass.
+    Its derivative by s is sigma(s) - R. So forward scores a chunk of items at a time, adds up
+    the gradients of all three inputs there and then, and forgets the scores; backward has only
+    to hand the gradients over.
     """
 
     @staticmethod
-    def forward(ctx, user, item, bias, rows, cols, chunk_scores=1 << 21):
-        """The positives are (rows, cols), int64 [nnz] each; chunk_scores fit into a cache."""
+    def forward(ctx, user, item, bias, rows, cols, chunk_scores):
+        """The positives are (rows, cols); chunk_scores: how many scores are held at a time."""
         positive = (user[rows] * item[cols]).sum() + bias[cols].sum()
         grad_user = torch.zeros_like(user).index_add_(0, rows, item[cols], alpha=-1)
         grad_item = torch.zeros_like(item).index_add_(0, cols, user[rows], alpha=-1)
-        grad_bias = -torch.bincount(cols, minlength=len(item)).to(bias.dtype)
+        grad_bias = bias.new_zeros(len(item))
+        grad_bias.index_add_(0, cols, bias.new_ones(len(cols)), alpha=-1)
         total = torch.zeros((), dtype=torch.float64, device=user.device)
         step = max(1, chunk_scores // max(1, len(user)))
         for start in range(0, len(item), step):
             chunk = slice(start, start + step)
             s = torch.addmm(bias[chunk], user, item[chunk].T)                          # [B, c]
             p = s.sigmoid()
-            # softplus(s) = max(s, 0) - log max(p, 1 - p): in a seventh of F.softplus's time
-            # on a CPU, to 6e-8 a score.
+            # softplus(s) = max(s, 0) - log max(p, 1 - p), and max(p, 1 - p) = |p - .5| + .5.
+            # In a seventh of F.softplus's time on a CPU, to 6e-8 a score.
             total += s.clamp_(min=0).sum() - (p - 0.5).abs_().add_(0.5).log_().sum()
             grad_user.addmm_(p, item[chunk])
             grad_item[chunk].addmm_(p.T, user)
@@ -247,67 +276,77 @@ def normalised_adjacency(train):
     """D^-1/2 A D^-1/2 of the bipartite graph; rows without an edge are 0."""
     A = bipartite_adjacency(train)
     degree = np.asarray(A.sum(1)).ravel()
-    root = sp.diags_array(np.where(degree > 0, degree, np.inf) ** -0.5)
+    root = sp.diags_array(np.where(degree > 0, degree, np.inf) ** -0.5)  # inf ** -0.5 = 0
     return (root @ A @ root).tocsr()
 
 
-def layer_rows_plain(E0, P, n_layers, rows):
-    """Rows of the layers E^(l) = P^l E0, under autograd.
+def layer_rows_plain(E0, A_hat, n_layers, rows):
+    """Rows of the layers E^(l) = A_hat^l E0, under autograd.
 
-    E0 [n, d], P: sparse tensor [n, n], rows int64 [L+1, r] -> [L+1, r, d].
+    E0 [n, d], A_hat: sparse COO tensor [n, n], rows int64 [L+1, r] -> [L+1, r, d].
     """
     layers = [E0]
     for _ in range(n_layers):
-        layers.append(torch.sparse.mm(P, layers[-1]))
+        layers.append(torch.sparse.mm(A_hat, layers[-1]))
     return torch.stack([layer[row] for layer, row in zip(layers, rows)])
 
 
-def layer_rows(E0, layers, rows, P):
-    """The same of layers that are there already (list of [n, d]), P symmetric CSR."""
-    return LayerRows.apply(E0, layers, rows, P)
+def layer_rows(E0, A_hat, layers, rows):
+    """The same, given the computed layers: a list of L+1 tables [n, d]; A_hat CSR.
+
+    E0 is what the gradient goes to; A_hat is symmetric.
+    """
+    return LayerRows.apply(E0, A_hat, layers, rows)
 
 
 class LayerRows(torch.autograd.Function):
-    """The gradient of E0 is G_0 + P (G_1 + P (G_2 + ...)), G_l that of layer l's rows.
+    """With G_l the gradient of layer l's rows, E0's is G_0 + A_hat (G_1 + A_hat (G_2 + ...)).
 
-    One product a layer and one table, where autograd fills and adds a table for every layer.
+    Horner's rule: one product a layer and one table, where autograd would fill and add up a
+    table for every layer.
     """
 
     @staticmethod
-    def forward(ctx, E0, layers, rows, P):
-        ctx.rows, ctx.P, ctx.n = rows, P, len(E0)
+    def forward(ctx, E0, A_hat, layers, rows):
+        ctx.A_hat, ctx.rows, ctx.n = A_hat, rows, len(E0)
         return torch.stack([layer[row] for layer, row in zip(layers, rows)])
 
     @staticmethod
     def backward(ctx, g):
         n_layers = len(g) - 1
-        G = g.new_zeros(ctx.n, g.shape[2]).index_add_(0, ctx.rows[n_layers], g[n_layers])
+        grad = g.new_zeros(ctx.n, g.shape[2])
+        grad.index_add_(0, ctx.rows[n_layers], g[n_layers])
         for layer in reversed(range(n_layers)):
-            G = sparse_product(ctx.P, G).index_add_(0, ctx.rows[layer], g[layer])
-        return G, None, None, None
+            grad = sparse_product(ctx.A_hat, grad)
+            grad.index_add_(0, ctx.rows[layer], g[layer])
+        return grad, None, None, None
 
 
 # --- MixGCF's hop mixing ------------------------------------------------------------------
 
-def hard_negatives_plain(layers, users, pos_items, candidates, alpha):
-    """Mixes every candidate with the positive and takes, per layer, the one nearest the user.
+def hard_negatives_plain(layers, users, pos_items, candidates, mix):
+    """Mixes every candidate with the positive and takes, per layer, the one that scores highest.
 
     layers: L+1 tables [n, d], of which users, pos_items [B] and candidates [B, M] are rows;
-    alpha [L+1, B], shared by a sample's candidates. Returns rows, int64 [L+1, B].
+    mix [L+1, B], the share of the positive. Returns rows, int64 [L+1, B].
     """
     query = torch.stack([layer[users] for layer in layers]).mean(0)                    # [B, d]
     picked = []
-    for layer, a in zip(layers, alpha):
-        a = a[:, None, None]
-        mixed = a * layer[pos_items][:, None] + (1 - a) * layer[candidates]         # [B, M, d]
+    for layer, a in zip(layers, mix):
+        a = a[:, None, None]                                                        # [B, 1, 1]
+        positive = layer[pos_items][:, None]                                        # [B, 1, d]
+        mixed = a * positive + (1 - a) * layer[candidates]                          # [B, M, d]
         best = (query[:, None] * mixed).sum(2).argmax(1, keepdim=True)
         picked.append(candidates.gather(1, best)[:, 0])
     return torch.stack(picked)
 
 
 def hard_negatives(layers, users, candidates):
-    """The same rows. alpha is one number for all M candidates and 1 - alpha > 0, so the
-    arg-max over mixed candidates is the arg-max over the candidates as they are."""
+    """The same rows, without mixing.
+
+    All candidates of a sample share one mix, and 1 - mix is above 0: the arg-max over mixed
+    candidates is the arg-max over the candidates as they are.
+    """
     query = torch.stack([layer[users] for layer in layers]).mean(0)                    # [B, d]
     picked = []
     for layer in layers:
@@ -321,8 +360,9 @@ def candidate_scores(query, table, candidates):
     B, M = candidates.shape
     if query.is_cuda or len(table) < M:
         return (table[candidates] @ query[:, :, None])[:, :, 0]
-    # On a CPU as one product that is computed at the candidates' places only: no [B, M, d] is
-    # gathered. It takes no more places in a row than there are columns, hence the test above.
+    # On a CPU as query @ table.T, computed at the candidates' places only: no [B, M, d] is
+    # gathered. Its sparse matrix of places has no more entries in a row than columns, hence the
+    # test above; the same candidate may stand in it twice, which its check would not allow.
     row_starts = torch.arange(0, B * M + 1, M, dtype=torch.int32)
     places = torch.sparse_csr_tensor(
         row_starts, candidates.flatten().int(), query.new_zeros(B * M), (B, len(table)),
@@ -348,26 +388,32 @@ def sample_negatives_plain(train, users, m, rng):
 
 
 class NegativeSampler:
-    """The same, all at once: a drawn pair is looked up among the sorted keys u n_items + i."""
+    """The same for all users at once.
 
-    def __init__(self, train):
-        """train: CSR [n_users, n_items] with sorted indices."""
-        self.n_items = train.shape[1]
+    A pair is the number u * n_items + i. A drawn pair is a training interaction where binary
+    search finds its number among the sorted ones of training.
+    """
+
+    def __init__(self, train, device="cpu"):
+        """train: CSR [n_users, n_items] with sorted indices; device: where it draws."""
+        self.n_items, self.device = train.shape[1], device
         pairs = train.tocoo()
         keys = pairs.row.astype(np.int64) * self.n_items + pairs.col
-        self.keys = torch.from_numpy(keys)
+        self.keys = torch.from_numpy(keys).to(device)
         # A user with all items has no negative: any item will do.
-        self.has_all = torch.from_numpy(np.diff(train.indptr) == self.n_items)
+        has_all = np.diff(train.indptr) == self.n_items
+        self.has_all = torch.from_numpy(has_all).to(device)
 
     def __call__(self, users, m):
-        """users int64 [B] -> items int64 [B, m]."""
+        """users int64 [B] -> items int64 [B, m], both on the sampler's device."""
         users = users.repeat_interleave(m)
-        drawn = torch.randint(self.n_items, (len(users),))
+        drawn = torch.randint(self.n_items, (len(users),), device=self.device)
         unchecked = (~self.has_all[users]).nonzero()[:, 0]
         while len(unchecked):
             key = users[unchecked] * self.n_items + drawn[unchecked]
             place = torch.searchsorted(self.keys, key).clamp_(max=len(self.keys) - 1)
             redraw = self.keys[place] == key
             unchecked = unchecked[redraw]
-            drawn[unchecked] = torch.randint(self.n_items, (len(unchecked),))
+            drawn[unchecked] = torch.randint(self.n_items, (len(unchecked),),
+                                             device=self.device)
         return drawn.view(-1, m)

@@ -8,6 +8,7 @@ import copy
 import csv
 import ctypes
 import errno
+import glob
 import hashlib
 import io
 import json
@@ -15,11 +16,23 @@ import os
 import re
 import shutil
 import signal
+import stat
 import sys
 import tempfile
 import time
 from datetime import timedelta
 from pathlib import Path
+
+# The scripts import this module before the libraries below, which take seconds, so that Ctrl-C
+# is one line from the start. Nothing is changed for a program that imports us.
+main_file = getattr(sys.modules["__main__"], "__file__", None) or ""
+if Path(__file__).resolve().parent in Path(main_file).resolve().parents:
+    def end_in_one_line(kind, error, trace):
+        if kind is not KeyboardInterrupt:
+            return sys.__excepthook__(kind, error, trace)
+        print("error: interrupted", file=sys.stderr, flush=True)
+        os._exit(2)
+    sys.excepthook = end_in_one_line
 
 import numpy as np
 import torch
@@ -49,8 +62,12 @@ def explain(error):
         return f"{error.filename}: {error.strerror}"
     out_of_memory = re.search("out of memory|allocate memory", str(error))
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and out_of_memory):
-        return "not enough memory; lower --batch or --dim"
+        return "not enough memory; lower --batch, --dim or --candidates"
     return None
+
+
+def print_error(message):
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
 
 
 def keep_freed_memory():
@@ -65,9 +82,26 @@ def keep_freed_memory():
         libc.mallopt(-4, 0)   # M_MMAP_MAX: large blocks come from the heap too
 
 
+def return_freed_memory():
+    """Tells glibc to return now what is freed: each thread would keep its own."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def open_outputs():
+    """Gives print somewhere to go: stdout may be closed, or unable to write a λ."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+
+
 def cli(main, argv=None):
     """Runs a script's main(argv) and returns the exit code: 2, with one line, for InputError."""
     keep_freed_memory()
+    open_outputs()
     try:
         main(argv)
         sys.stdout.flush()
@@ -80,8 +114,48 @@ def cli(main, argv=None):
         message = explain(error)
         if message is None:
             raise
-        print(f"error: {' '.join(message.split())}", file=sys.stderr)
+        print_error(message)
         return 2
+
+
+# --- Files that can be read ---------------------------------------------------------------
+
+def check_is_file(path):
+    """InputError, at once, where a pipe, a device or a folder is there instead of a file.
+
+    Reading one could wait for ever. A file that is not there is left to whoever opens it.
+    """
+    kind = kind_of_file(path)
+    if kind not in ("a file", "no such file"):
+        raise InputError(f"{path}: {kind}, where a file is expected")
+
+
+def kind_of_file(path):
+    """What is at this path, through links, for a message."""
+    try:
+        mode = os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return "no such file"
+    for is_kind, kind in ((stat.S_ISREG, "a file"), (stat.S_ISDIR, "a folder"),
+                          (stat.S_ISFIFO, "a pipe"), (stat.S_ISSOCK, "a socket")):
+        if is_kind(mode):
+            return kind
+    return "a device"
+
+
+def open_npy(path, remedy):
+    """A .npy file as a memory map; InputError with the remedy where it is none."""
+    check_is_file(path)
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except Exception as error:  # numpy, ast, zipfile and mmap each raise their own
+        if isinstance(error, MemoryError) or getattr(error, "errno", None) is not None:
+            raise  # the machine's, not the file's
+        reason = " ".join(str(error).split())[:90]
+        raise InputError(f"{path}: not a readable .npy array ({reason}); {remedy}") from None
+    if not isinstance(array, np.ndarray):
+        raise InputError(f"{path}: an .npz archive, not one array; {remedy}")
+    return array
 
 
 # --- Files that are whole or not there ----------------------------------------------------
@@ -97,6 +171,14 @@ def write_file(path, write, mode="wb"):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except PermissionError:
+        # On Windows a file that another program has open cannot be replaced.
+        if not temporary.exists() or not path.exists():
+            raise
+        beside = path.with_name(f"{path.name}.new")
+        os.replace(temporary, beside)
+        raise InputError(f"{path}: cannot be replaced, another program may have it open; what "
+                         f"was to be written is in {beside}") from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -108,35 +190,67 @@ def write_csv(path, header, rows):
         writer.writerows(rows)
 
 
-def make_folder(folder, key, write):
+UNFINISHED = "unfinished"  # what source.json holds while a folder is made
+
+
+def saved_key(folder, key, files=()):
+    """What source.json of a folder made by make_folder holds; None where it must be made (anew).
+
+    InputError where files are in the folder, but not such a key: they are the user's own.
+    """
+    key_path, saved = folder / "source.json", None
+    if key_path.is_file():
+        with contextlib.suppress(ValueError, RecursionError):
+            saved = json.loads(key_path.read_bytes())
+    if saved == UNFINISHED:
+        return None
+    if isinstance(saved, dict) and saved.keys() == key.keys():
+        return saved if all((folder / name).is_file() for name in files) else None
+    is_free = not os.path.lexists(folder)
+    if folder.is_dir():
+        is_free = all(name.startswith(".") for name in os.listdir(folder))
+    if not is_free:
+        raise InputError(f"{folder}: was not made here (no source.json of ours is in it), so "
+                         f"nothing is written there; move it away, or use it: --data {folder}")
+    return None
+
+
+def make_folder(folder, key, write, files=()):
     """`folder`, made by write(temporary folder) unless it is there already with this key.
 
-    source.json holds the key and is written last: with it the folder is whole.
+    source.json holds the key, a dictionary, and is written last: with it the folder is whole.
+    files: without one of these it is made anew. InputError: see saved_key.
     """
-    source = folder / "source.json"
-    if source.exists() and source.read_text() == json.dumps(key):
+    if saved_key(folder, key, files) == key:
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=folder.name + ".", dir=folder.parent) as name:
+    remove_leftovers(folder)
+    with tempfile.TemporaryDirectory(".tmp", f".{folder.name}.", folder.parent) as name:
         temporary = Path(name) / folder.name
         temporary.mkdir()
         write(temporary)
-        source.unlink(missing_ok=True)
+        folder.mkdir(exist_ok=True)
+        # From here on the folder is known as ours, and as one to be made anew.
+        key_path = folder / "source.json"
+        write_file(key_path, lambda file: json.dump(UNFINISHED, file), "w")
         # Files are moved into what is there, so that pictures fetched earlier stay.
         shutil.copytree(temporary, folder, copy_function=os.replace, dirs_exist_ok=True)
-        write_file(source, lambda file: json.dump(key, file), "w")
+        write_file(key_path, lambda file: json.dump(key, file), "w")
     return folder
 
 
-def check_outputs(*paths):
+def check_outputs(outputs, inputs=(), folder=None):
     """InputError, before the work begins, where an output could not be written at its end.
 
-    A path is None where that output was not asked for.
+    outputs: a path is None where that output was not asked for. inputs, and the data files in
+    `folder`, are read: they must not be written over, through a link either.
     """
-    paths = [path for path in paths if path is not None]
-    real = [os.path.realpath(path) for path in paths]
-    for path in paths:
-        remedy = "choose another output path"
+    outputs = [path for path in outputs if path is not None]
+    if folder is not None and any(os.path.exists(path) for path in outputs):
+        inputs = [*inputs, *files_read(folder)]
+    real = [os.path.realpath(path) for path in outputs]
+    remedy = "choose another output path"
+    for path in outputs:
         if not path or real.count(os.path.realpath(path)) > 1:
             raise InputError(f"an output path is empty or given twice ('{path}'); {remedy}")
         try:
@@ -152,6 +266,38 @@ def check_outputs(*paths):
         except OSError:
             raise InputError(f"{path}: is no file, or lies in a folder that cannot be written; "
                              f"{remedy}") from None
+        for read in inputs:
+            both_exist = os.path.exists(path) and os.path.exists(read)
+            if both_exist and os.path.samefile(path, read):
+                raise InputError(f"{path}: would overwrite {read}, which is read here; {remedy}")
+        remove_leftovers(path)
+
+
+DATA_FILES = ("interactions.csv", "items.csv", "train.txt", "valid.txt", "val.txt", "test.txt",
+              "*.inter", "*.npy", "source.json", "image_urls.json")
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
+
+
+def files_read(folder):
+    """Yields the files that a data set may be read from."""
+    for pattern in DATA_FILES:
+        yield from folder.glob(pattern)
+    for path in folder.rglob("*"):
+        if path.suffix.lower() in PICTURES:
+            yield path
+
+
+def remove_leftovers(path, age=3600):
+    """Removes the temporary files and folders that killed runs have left for this path."""
+    path = Path(os.path.realpath(path))
+    for temporary in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        # One that another run is writing at this moment is younger.
+        if time.time() - temporary.stat().st_mtime < age:
+            continue
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            temporary.unlink(missing_ok=True)
 
 
 # --- Argument types -----------------------------------------------------------------------
@@ -176,8 +322,8 @@ def non_negative(text):
 def positive(text):
     """argparse type: a whole number from 1 up."""
     value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError("must be 1 or more")
+    if not 1 <= value < 1 << 31:
+        raise argparse.ArgumentTypeError("must be 1 or more, and below 2^31")
     return value
 
 
@@ -208,18 +354,26 @@ def add_checkpoint_arguments(parser):
 
 # --- Several processes, under torchrun ----------------------------------------------------
 #
-# All processes draw the same random numbers and hold all tables. Each takes every k-th row of
-# a step's work, gradients and losses are summed, and the first one reports and writes.
+# All processes draw the same random numbers, on GPUs too if these are of one kind, and hold all
+# tables. Each takes every k-th row of a step's work, gradients and losses are summed, and the
+# first one reports and writes.
 
 @contextlib.contextmanager
 def processes(device):
     """Joins the other processes where torchrun started several: gloo on CPUs, nccl on GPUs."""
-    if int(os.environ.get("WORLD_SIZE", 1)) < 2 or "LOCAL_RANK" not in os.environ:
+    if os.environ.get("WORLD_SIZE", "1") == "1" or "LOCAL_RANK" not in os.environ:
         yield
         return
-    if device == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(days=1))
+    try:
+        backend, gpu = "gloo", None
+        if device == "cuda":
+            backend, gpu = "nccl", torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(gpu)
+        dist.init_process_group(backend, timeout=timedelta(days=1), device_id=gpu)
+    except (ValueError, RuntimeError) as error:
+        raise InputError(f"WORLD_SIZE and LOCAL_RANK are set, but no other process is found "
+                         f"({str(error).splitlines()[0]}); unset them, or start with torchrun"
+                         ) from None
     silence = contextlib.redirect_stdout(io.StringIO())
     with contextlib.nullcontext() if is_main_process() else silence:
         yield
@@ -245,6 +399,10 @@ def main_process_first():
     yield
     if is_main_process():
         wait_for_all()
+
+
+def n_processes():
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def my_share():
@@ -307,6 +465,8 @@ class Checkpoint:
         self.last_written, self.stop_asked = time.time(), False
         self.handlers = {}
         exists = path is not None and Path(path).exists()
+        if exists:
+            check_is_file(path)
         if exists and resume:
             with self.readable():
                 state = torch.load(path, map_location="cpu", weights_only=True)
@@ -335,8 +495,10 @@ class Checkpoint:
     def __exit__(self, kind, *_):
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
-        if kind is KeyboardInterrupt:  # outside the training loop, at the last evaluation
+        # Outside the training loop, for example at the last evaluation.
+        if kind is KeyboardInterrupt and (self.training or self.results):
             self.write()
+            raise InputError(f"interrupted; {self.remedy()}") from None
 
     def on_signal(self, number, frame):
         # One process that left its epoch would leave the others waiting for its gradients.
@@ -356,6 +518,8 @@ class Checkpoint:
             model.load_state_dict(self.training["model"])
             optimizer.load_state_dict(self.training["optimizer"])
             torch.set_rng_state(self.training["random"])
+            if self.training["random_cuda"] is not None:
+                torch.cuda.set_rng_state(self.training["random_cuda"])
             progress = copy.deepcopy(self.training["progress"])
             print(f"{self.path}: goes on after epoch {progress['epoch']}")
         return progress
@@ -364,12 +528,14 @@ class Checkpoint:
         """At the end of an epoch. Raises KeyboardInterrupt where another process was asked to."""
         if self.path is None:
             return
+        device = next(model.parameters()).device
+        random_cuda = torch.cuda.get_rng_state() if device.type == "cuda" else None
         state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                 "random": torch.get_rng_state(), "progress": progress}
+                 "random": torch.get_rng_state(), "random_cuda": random_cuda,
+                 "progress": progress}
         self.training = copy.deepcopy(state)  # training goes on in these tensors
         if time.time() - self.last_written >= self.every:
             self.write()
-        device = next(model.parameters()).device
         if dist.is_initialized() and all_sum(torch.tensor(self.stop_asked * 1.0, device=device)):
             raise KeyboardInterrupt
 
@@ -388,6 +554,16 @@ class Checkpoint:
             write_file(self.path, lambda file: torch.save(state, file))
         except (OSError, RuntimeError) as error:  # RuntimeError: torch's own for a full disk
             print(f"{self.path}: not saved ({str(error).splitlines()[0]})", file=sys.stderr)
+
+    @contextlib.contextmanager
+    def kept_if_writing_fails(self):
+        """Around the writing of what a run has found: where it fails, --resume writes it."""
+        try:
+            yield
+        except OSError as error:
+            self.write()
+            raise InputError(f"{error.filename or 'the results'}: not written "
+                             f"({error.strerror or error}); {self.remedy()}") from None
 
     def remedy(self):
         """What to type after an interruption."""

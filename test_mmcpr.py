@@ -3,25 +3,15 @@
 Every fast path against its plain definition, in float64 where a formula is checked; the real
 command lines on tiny data; every documented error once. No network, GPU or other data.
 """
-import contextlib
-import csv
-import errno
-import gzip
-import inspect
-import io
 import json
 import os
 import re
 import signal
 import socket
-import struct
 import subprocess
 import sys
-import threading
 import time
-import zlib
 from argparse import Namespace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -29,70 +19,18 @@ import pytest
 import scipy.sparse as sp
 import torch
 import torch.nn.functional as F
-from PIL import Image
 
-import amazon
 import data
-import demo
-import encode
 import finetune
+import folders
 import metrics
 import mmcpr
 import ops
 import run
-from run import InputError
+from conftest import HERE, ONE_THREAD, QUICK, binary, call, matrix_of, shop, write_shop
 
-HERE = Path(__file__).parent
-# Two processes that wait for each other on a busy machine take minutes.
-ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
-
-
-def binary(rng, n, m, density, empty_row=None):
-    """A random binary CSR matrix [n, m]."""
-    cells = rng.random((n, m)) < density
-    if empty_row is not None:
-        cells[empty_row] = False
-    return sp.csr_matrix(cells.astype(np.float32))
-
-
-def matrix_of(pairs, n_users, n_items):
-    """Binary CSR [n_users, n_items] of (user, item) pairs [n, 2]."""
-    ones = np.ones(len(pairs), np.float32)
-    return sp.csr_matrix((ones, tuple(pairs.T)), (n_users, n_items))
-
-
-def shop(rng, n_users=40, n_items=30, tastes=3, width=8):
-    """A small shop with planted tastes: (pairs [n, 2], noisy text, noisy image [n_items, d])."""
-    user_taste = rng.integers(tastes, size=n_users)
-    item_taste = rng.integers(tastes, size=n_items)
-    liked = user_taste[:, None] == item_taste
-    pairs = np.argwhere(rng.random((n_users, n_items)) < np.where(liked, 0.6, 0.05))
-    views = []
-    for _ in range(2):
-        clean = rng.normal(size=(tastes, width))[item_taste]
-        views.append(clean + 0.3 * rng.normal(size=(n_items, width)))
-    return pairs, *views
-
-
-def write_shop(folder, seed=0):
-    """The shop as a folder data set with ready features; some items lack a modality."""
-    rng = np.random.default_rng(seed)
-    pairs, text, image = shop(rng)
-    text[3], image[[5, 6]] = np.nan, np.nan
-    review = rng.normal(size=(len(pairs), 6)).astype(np.float16)
-    review[::7] = np.nan
-    folder.mkdir()
-    np.save(folder / "item_text.npy", text.astype(np.float32))
-    np.save(folder / "item_image.npy", image.astype(np.float32))
-    np.save(folder / "review.npy", review)
-    named = [(f"u{u}", f"i{i}") for u, i in pairs]
-    run.write_csv(folder / "interactions.csv", ("user", "item"), named)
-    run.write_csv(folder / "items.csv", ("item",), [(f"i{i}",) for i in range(30)])
-
-
-def call(main, *argv):
-    """A script's main in this process; returns the exit code."""
-    return run.cli(main, [str(a) for a in argv])
+# A GPU adds up in another order each time.
+NONDET = {"cpu": 0, "cuda": 1e-10}
 
 
 # --- metrics.py ---------------------------------------------------------------------------
@@ -119,16 +57,17 @@ def test_metrics_ideal_is_cut_at_k():
 
 
 @pytest.mark.parametrize("chunk", [1, 60, 1 << 20])
-def test_metrics_against_the_loop(monkeypatch, chunk):
+def test_metrics_against_the_loop(monkeypatch, chunk, device):
     """Users without a relevant item are left out; k may exceed the candidates; any chunk."""
     monkeypatch.setattr(metrics, "CHUNK_SCORES", chunk)
+    monkeypatch.setattr(metrics, "CHUNK_SCORES_GPU", chunk)
     rng = np.random.default_rng(1)
     cells = rng.random((17, 25))
     has_truth = (np.arange(17) % 4 > 0)[:, None]
     seen = sp.csr_matrix((cells < 0.3) * 1.0)
     truth = sp.csr_matrix(((cells > 0.85) & has_truth) * 1.0)
-    user = torch.from_numpy(rng.normal(size=(17, 4)))
-    item = torch.from_numpy(rng.normal(size=(25, 4)))
+    user = torch.from_numpy(rng.normal(size=(17, 4))).to(device)
+    item = torch.from_numpy(rng.normal(size=(25, 4))).to(device)
     tested = np.flatnonzero(np.diff(truth.indptr))
     for k in (1, 5, 24, 60):
         got = metrics.evaluate(user, item, seen, truth, (k,))
@@ -155,22 +94,22 @@ def adjacency_by_sets(R):
 
 @pytest.mark.parametrize("density", [0.02, 0.15, 0.6])
 @pytest.mark.parametrize("storage", ["auto", "A", "RE"])
-def test_co_interaction_against_the_sets(density, storage):
+def test_co_interaction_against_the_sets(density, storage, device):
     """Product and gradient of R(R'x) - Ex against D^-1 A x from the sets S_a; isolated: 0."""
     R = binary(np.random.default_rng(3), 23, 31, density, empty_row=4)
     A = adjacency_by_sets(R)
     assert np.array_equal(ops.co_interaction_plain(R).toarray(), A)
     assert np.array_equal(ops.build_co_interaction(R, block_entries=7).n_neighbours, A.sum(1))
-    A = torch.from_numpy(A)
-    graph = ops.CoInteractionGraph(R, dtype=torch.float64, storage=storage)
-    x, g = torch.randn(2, 23, 5, dtype=torch.float64)
+    A = torch.from_numpy(A).to(device)
+    graph = ops.CoInteractionGraph(R, device, dtype=torch.float64, storage=storage)
+    x, g = torch.randn(2, 23, 5, dtype=torch.float64, device=device)
     x.requires_grad_()
     fast, plain = graph(x), ops.neighbour_mean_plain(A, x)
     torch.testing.assert_close(fast, plain)
     torch.testing.assert_close(torch.autograd.grad(fast, x, g), torch.autograd.grad(plain, x, g))
     assert not fast[4].any()
-    small = torch.randn(23, 2, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(graph, small)
+    small = torch.randn(23, 2, dtype=torch.float64, device=device, requires_grad=True)
+    assert torch.autograd.gradcheck(graph, small, nondet_tol=NONDET[device])
 
 
 def test_co_interaction_keeps_the_smaller_form():
@@ -184,60 +123,71 @@ def test_co_interaction_keeps_the_smaller_form():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_sparse_product_against_the_plain_one(dtype):
+def test_sparse_product_against_the_plain_one(dtype, device):
     """Empty rows are 0; x may be a view that is not contiguous."""
     rng = np.random.default_rng(4)
     matrix = sp.csr_matrix(np.where(rng.random((9, 13)) < 0.3, rng.normal(size=(9, 13)), 0))
     matrix = sp.csr_matrix(matrix.multiply(np.arange(9)[:, None] != 4))
-    x = torch.from_numpy(rng.normal(size=(5, 13))).to(dtype).T
-    tensor = ops.sparse_tensor(matrix, dtype=dtype)
+    x = torch.from_numpy(rng.normal(size=(5, 13))).to(device, dtype).T
+    tensor = ops.sparse_tensor(matrix, device, dtype)
     fast = ops.sparse_product(tensor, x)
     torch.testing.assert_close(fast, ops.sparse_product_plain(tensor, x))
-    torch.testing.assert_close(fast, torch.from_numpy(matrix.toarray()).to(dtype) @ x)
+    dense = torch.from_numpy(matrix.toarray()).to(device, dtype)
+    torch.testing.assert_close(fast, dense @ x)
     assert not fast[4].any()
 
 
 # --- ops.py: binary cross-entropy (Eq. 15) ------------------------------------------------
 
 @pytest.mark.parametrize("chunk_scores", [1, 24, 1 << 20])
-def test_bce_against_its_formula(chunk_scores):
+def test_bce_against_its_formula(chunk_scores, device):
     """All entries of R, zeros too: value and gradients against the printed formula with its
     sigmoid, under autograd."""
     rng = np.random.default_rng(10)
     R = binary(rng, 6, 11, 0.3)
-    inputs = [torch.from_numpy(rng.normal(size=shape)).requires_grad_()
+    inputs = [torch.from_numpy(rng.normal(size=shape)).to(device).requires_grad_()
               for shape in ((6, 4), (11, 4), (11,))]
     user, item, bias = inputs
-    p, r = torch.sigmoid(user @ item.T + bias), torch.from_numpy(R.toarray())
+    p, r = torch.sigmoid(user @ item.T + bias), torch.from_numpy(R.toarray()).to(device)
     formula = -(r * p.log() + (1 - r) * (1 - p).log()).sum()
-    rows, cols = (torch.from_numpy(x).long() for x in R.nonzero())
+    rows, cols = r.nonzero(as_tuple=True)
     chunked = ops.BlockBCE.apply(*inputs, rows, cols, chunk_scores)
     want = torch.autograd.grad(3 * formula, inputs)
-    for loss in (ops.bce_plain(*inputs, R), ops.bce(*inputs, R), chunked):
+    for loss in (ops.bce_plain(*inputs, rows, cols), ops.bce(*inputs, rows, cols), chunked):
         torch.testing.assert_close(loss, formula)
         for got, gradient in zip(torch.autograd.grad(3 * loss, inputs), want):
             torch.testing.assert_close(got, gradient)
 
     def function(*tensors):
         return ops.BlockBCE.apply(*tensors, rows, cols, chunk_scores)
-    assert torch.autograd.gradcheck(function, inputs)
+    assert torch.autograd.gradcheck(function, inputs, nondet_tol=NONDET[device])
+
+
+def test_row_entries_are_those_of_the_block(device):
+    """Rows in any order, one twice, one without entries; a block without any."""
+    R = binary(np.random.default_rng(9), 8, 11, 0.3, empty_row=5)
+    tensor = ops.sparse_tensor(R, device)
+    for users in ([6, 5, 0, 6, 7], [5], []):
+        rows, cols = ops.row_entries(tensor, torch.tensor(users, dtype=torch.int64, device=device))
+        block = R[users].tocoo()
+        assert rows.tolist() == block.row.tolist() and cols.tolist() == block.col.tolist()
 
 
 def test_bce_does_not_overflow():
     """Logits of +-1000: log(1 + exp(x)) would be infinite."""
     item = torch.tensor([[1000.0], [-1000.0]])
-    loss = ops.bce(torch.ones(1, 1), item, torch.zeros(2), sp.csr_matrix([[0.0, 1.0]]))
+    loss = ops.bce(torch.ones(1, 1), item, torch.zeros(2), torch.tensor([0]), torch.tensor([1]))
     assert loss.item() == pytest.approx(2000)
 
 
 # --- ops.py: LightGCN's layers and MixGCF -------------------------------------------------
 
-def small_lightgcn(n_layers=3, dim=3, seed=12):
+def small_lightgcn(n_layers=3, dim=3, seed=12, device="cpu"):
     """A LightGCN in float64 on 7 users, one of them without items, and 5 items."""
     R = binary(np.random.default_rng(seed), 7, 5, 0.4, empty_row=2)
     torch.manual_seed(seed)
     user, item = torch.randn(7, dim, dtype=torch.float64), torch.randn(5, dim, dtype=torch.float64)
-    return finetune.LightGCN(R, user, item, n_layers), R
+    return finetune.LightGCN(R, user.to(device), item.to(device), n_layers), R
 
 
 def test_lightgcn_against_the_dense_matrix():
@@ -254,20 +204,21 @@ def test_lightgcn_against_the_dense_matrix():
 
 
 @pytest.mark.parametrize("n_layers", [0, 1, 3])
-def test_layer_rows_against_autograd(n_layers):
+def test_layer_rows_against_autograd(n_layers, device):
     """Values and gradient; rows come more than once."""
-    model, _ = small_lightgcn(n_layers)
-    rows, g = torch.randint(12, (n_layers + 1, 30)), torch.randn(n_layers + 1, 30, 3).double()
-    P = model.A.to_dense().to_sparse_coo()
-    plain = ops.layer_rows_plain(model.E0, P, n_layers, rows)
-    fast = ops.layer_rows(model.E0, model.layers(), rows, model.A)
+    model, _ = small_lightgcn(n_layers, device=device)
+    rows = torch.randint(12, (n_layers + 1, 30), device=device)
+    g = torch.randn(n_layers + 1, 30, 3, device=device).double()
+    A_hat = model.A_hat.to_dense().to_sparse_coo()
+    plain = ops.layer_rows_plain(model.E0, A_hat, n_layers, rows)
+    fast = ops.layer_rows(model.E0, model.A_hat, model.layers(), rows)
     torch.testing.assert_close(fast, plain)
     torch.testing.assert_close(torch.autograd.grad(fast, model.E0, g),
                                torch.autograd.grad(plain, model.E0, g))
 
     def function(E0):
-        return ops.layer_rows(E0, model.layers(), rows[:, :6], model.A)
-    assert torch.autograd.gradcheck(function, model.E0)
+        return ops.layer_rows(E0, model.A_hat, model.layers(), rows[:, :6])
+    assert torch.autograd.gradcheck(function, model.E0, nondet_tol=NONDET[device])
 
 
 def mixgcf_by_loop(layers, users, pos_items, candidates, alpha, l2):
@@ -289,19 +240,19 @@ def mixgcf_by_loop(layers, users, pos_items, candidates, alpha, l2):
 
 
 @pytest.mark.parametrize("M", [1, 5, 30])
-def test_mixgcf_against_the_loop(M):
+def test_mixgcf_against_the_loop(M, device):
     """Value and gradient: the arg-max over unmixed candidates and Horner's rule change nothing."""
     rng = np.random.default_rng(13)
     R = binary(rng, 8, 12, 0.4)
-    start = [torch.from_numpy(rng.normal(size=(n, 6))) for n in (8, 12)]
+    start = [torch.from_numpy(rng.normal(size=(n, 6))).to(device) for n in (8, 12)]
     model = finetune.LightGCN(R, *start, 3)
-    users = torch.from_numpy(rng.integers(8, size=9))
-    pos_items = torch.from_numpy(rng.integers(8, 20, size=9))
-    candidates = torch.from_numpy(rng.integers(8, 20, size=(9, M)))
-    alpha = torch.from_numpy(rng.random((4, 9)))
+    users = torch.from_numpy(rng.integers(8, size=9)).to(device)
+    pos_items = torch.from_numpy(rng.integers(8, 20, size=9)).to(device)
+    candidates = torch.from_numpy(rng.integers(8, 20, size=(9, M))).to(device)
+    alpha = torch.from_numpy(rng.random((4, 9))).to(device)
     layers = [model.E0]
     for _ in range(3):
-        layers.append(model.A.to_dense() @ layers[-1])
+        layers.append(model.A_hat.to_dense() @ layers[-1])
     picked = ops.hard_negatives(layers, users, candidates)
     plain = ops.hard_negatives_plain(layers, users, pos_items, candidates, alpha)
     assert torch.equal(picked, plain)
@@ -313,12 +264,13 @@ def test_mixgcf_against_the_loop(M):
 
 
 @pytest.mark.parametrize("sampler", ["fast", "plain"])
-def test_negatives_are_uniform_over_what_the_user_has_not(sampler):
+def test_negatives_are_uniform_over_what_the_user_has_not(sampler, device):
     torch.manual_seed(0)
     R = sp.csr_matrix(np.array([[1, 0, 1, 0, 0], [1, 1, 1, 1, 1], [0, 0, 0, 0, 1]], np.float32))
     users = [0, 2, 1]
     if sampler == "fast":
-        drawn = ops.NegativeSampler(R)(torch.tensor(users), 4000).numpy()
+        sample_negatives = ops.NegativeSampler(R, device)
+        drawn = sample_negatives(torch.tensor(users, device=device), 4000).cpu().numpy()
     else:
         drawn = ops.sample_negatives_plain(R, users, 4000, np.random.default_rng(0))
     counts = [np.bincount(row, minlength=5) for row in drawn]
@@ -391,7 +343,7 @@ def test_inter_modal_aggregation_against_the_loop():
     assert not alpha[~present].any()
 
 
-def test_tower_projects_standardised_features_and_the_graph():
+def test_tower_projects_normalised_features_and_the_graph():
     """e'^m = W e^m + b (Eq. 6, 12): frozen rows L2-normalised, centred, of RMS norm 1; for the
     graph the mean layer (Eq. 2)."""
     rng = np.random.default_rng(7)
@@ -468,22 +420,24 @@ def small_model(rng, **options):
 
 @pytest.mark.parametrize("lam", [0, 0.2, 1])
 @pytest.mark.parametrize("bias", ["none", "global"])
-def test_objective_is_the_weighted_sum(lam, bias):
+def test_objective_is_the_weighted_sum(lam, bias, device):
     """Eq. 16 against its two terms over the whole block, value and gradients."""
     torch.manual_seed(0)
-    model, train = small_model(np.random.default_rng(11), bias=bias)
+    model, train = small_model(np.random.default_rng(11), bias=bias, device=device)
     model = model.double()
-    model.users.graph = ops.CoInteractionGraph(train, dtype=torch.float64)
-    model.items.graph = ops.CoInteractionGraph(train.T.tocsr(), dtype=torch.float64)
-    users, cima_items = torch.tensor([3, 1, 8]), model.items_with_pair()[:9]
+    model.user_tower.graph = ops.CoInteractionGraph(train, device, torch.float64)
+    model.item_tower.graph = ops.CoInteractionGraph(train.T.tocsr(), device, torch.float64)
+    R, users = ops.sparse_tensor(train, device), torch.tensor([3, 1, 8], device=device)
+    cima_items = model.items_with_pair()[:9]
     assert 2 not in model.items_with_pair() and len(model.items_with_pair()) == 29
-    l1, l2, loss = mmcpr.objective(model, train, users, cima_items, 5.0, lam)
+    l1, l2, loss = mmcpr.objective(model, R, users, cima_items, 5.0, lam)
     parameters = list(model.parameters())
     got = torch.autograd.grad(loss, parameters, allow_unused=True)
 
-    item, _, projected = model.items(torch.arange(30))
-    user, _, _ = model.users(users)
-    plain_l2 = ops.bce_plain(user, item, model.bias, train[users.numpy()]) / 5.0
+    item, _, projected = model.item_tower(torch.arange(30, device=device))
+    user, _, _ = model.user_tower(users)
+    rows, cols = ops.row_entries(R, users)
+    plain_l2 = ops.bce_plain(user, item, model.bias, rows, cols) / 5.0
     plain_l1 = mmcpr.cima(projected[cima_items, 0], projected[cima_items, 1])
     plain = lam * plain_l1 * 9 / 5.0 + (1 - lam) * plain_l2
     torch.testing.assert_close(loss, plain)
@@ -497,7 +451,7 @@ def test_objective_is_the_weighted_sum(lam, bias):
         if gradient.any():
             moved.add(name)
     if lam == 1:  # only the two projections of CIMA are trained
-        assert moved == {f"items.W.{m}.{part}" for m in "TV" for part in ("weight", "bias")}
+        assert moved == {f"item_tower.W.{m}.{part}" for m in "TV" for part in ("weight", "bias")}
 
 
 def test_popularity_loss_is_the_bce_of_the_log_odds():
@@ -521,7 +475,8 @@ def test_reported_bce_is_per_positive_whatever_the_last_block(batch):
     parts = Namespace(train=train, valid=sp.csr_matrix((40, 30)))
     user, item, report = mmcpr.pretrain(parts, {"T": text, "V": image}, args)
     tables = torch.from_numpy(user).double(), torch.from_numpy(item).double()
-    plain = ops.bce_plain(*tables, torch.zeros(30), train) / train.nnz
+    rows, cols = ops.row_entries(ops.sparse_tensor(train), torch.arange(40))
+    plain = ops.bce_plain(*tables, torch.zeros(30), rows, cols) / train.nnz
     assert report["losses"]["bce"] == pytest.approx(plain.item(), rel=1e-5)
 
 
@@ -529,8 +484,8 @@ def test_alignment_of_collapsed_towers_is_no_success():
     """Where all vectors are one, every image ties with the true one: text finds nothing."""
     model, _ = small_model(np.random.default_rng(18))
     for name in "TV":
-        torch.nn.init.zeros_(model.items.W[name].weight)
-        torch.nn.init.ones_(model.items.W[name].bias)
+        torch.nn.init.zeros_(model.item_tower.W[name].weight)
+        torch.nn.init.ones_(model.item_tower.W[name].bias)
     found = mmcpr.alignment(model, model.items_with_pair())
     assert found["text_to_image_recall@10"] == 0
 
@@ -611,18 +566,6 @@ def test_patience(curve, evaluations):
 
 # --- The command lines, end to end on tiny data -------------------------------------------
 
-QUICK = ("--epochs", 6, "--eval-every", 2, "--dim", 8, "--device", "cpu")
-
-
-@pytest.fixture
-def trained(tmp_path, monkeypatch):
-    """A folder data set and the emb.npz of a short pre-training, in the working directory."""
-    monkeypatch.chdir(tmp_path)
-    write_shop(tmp_path / "shop")
-    assert call(mmcpr.main, "--data", "shop", *QUICK) == 0
-    return tmp_path
-
-
 def test_pretrain_then_finetune(trained, capsys):
     """emb.npz needs no --data; metrics, final embeddings and recs.csv agree with each other."""
     arrays = data.load_embeddings("emb.npz")
@@ -640,7 +583,7 @@ def test_pretrain_then_finetune(trained, capsys):
     assert set(result["test"]) == names
 
     final = data.load_embeddings("final.npz")
-    columns = data.read_csv("recs.csv", ("user", "rank", "item", "score"))
+    columns = folders.read_csv("recs.csv", ("user", "rank", "item", "score"))
     dataset = data.load("../shop", contents=False)
     parts = data.split_dataset(dataset)
     user_row = {name: row for row, name in enumerate(dataset.user_ids)}
@@ -806,7 +749,7 @@ def test_finetuning_steps_see_training_pairs_and_negatives(trained, monkeypatch)
     assert sorted(pairs) == sorted(zip(users.tolist(), items.tolist()))
 
 
-def test_epochs_are_those_of_a_plain_trainer(trained, monkeypatch):
+def test_epochs_are_those_of_a_plain_trainer(trained, monkeypatch, device):
     """Every epoch's loss is that of MixGCF written out, with plain Adam, given the same draws."""
     steps, loss = [], finetune.mixgcf_loss
 
@@ -816,10 +759,11 @@ def test_epochs_are_those_of_a_plain_trainer(trained, monkeypatch):
 
     monkeypatch.setattr(finetune, "mixgcf_loss", spy)
     assert call(finetune.main, "--data", "shop", "--epochs", 6, "--eval-every", 1,
-                "--batch", 50, "--lr", 0.05, "--candidates", 5, "--metrics", "m.json") == 0
+                "--batch", 50, "--lr", 0.05, "--candidates", 5, "--metrics", "m.json",
+                "--device", device) == 0
     train = data.split_dataset(data.load("shop", contents=False)).train
     E0 = torch.nn.Parameter(steps[0][0])
-    P = ops.sparse_tensor(ops.normalised_adjacency(train)).to_dense()
+    P = ops.sparse_tensor(ops.normalised_adjacency(train), device).to_dense()
     optimizer = torch.optim.Adam([E0], lr=0.05, foreach=False, fused=False)
     losses = []
     for _, users, pos_items, candidates, alpha in steps:
@@ -829,7 +773,7 @@ def test_epochs_are_those_of_a_plain_trainer(trained, monkeypatch):
         picked = ops.hard_negatives_plain(layers, users, pos_items, candidates, alpha)
         layers = torch.stack(layers)                                               # [L+1, n, d]
         e_pos, a = layers[:, pos_items], alpha[:, :, None]
-        e_neg = a * e_pos + (1 - a) * layers[torch.arange(4)[:, None], picked]
+        e_neg = a * e_pos + (1 - a) * layers[torch.arange(4, device=device)[:, None], picked]
         value = finetune.bpr_loss(layers[:, users], e_pos, e_neg, 1e-4)
         optimizer.zero_grad()
         (value / len(users)).backward()
@@ -908,8 +852,8 @@ def test_flags_out_of_range_are_refused(main, argv, capsys):
     (finetune.main, ("--epochs", 1, "--valid", 0, "--lr", 1e30), "lower --lr"),
     (finetune.main, ("--out", "x", "--metrics", "./x"), "given twice"),
     (finetune.main, ("--seeds", 2, 2), "names a seed twice"),
-    (finetune.main, ("--init", "emb.npz", "--out", "./emb.npz"), "would overwrite the tables"),
-    (finetune.main, ("--init", "emb.npz", "--metrics", "emb.npz"), "would overwrite the tables")])
+    (finetune.main, ("--init", "emb.npz", "--out", "./emb.npz"), "would overwrite"),
+    (finetune.main, ("--init", "emb.npz", "--metrics", "emb.npz"), "would overwrite")])
 def test_flags_that_cannot_work(trained, capsys, main, argv, words):
     assert call(main, "--data", "shop", *argv) == 2
     assert words in capsys.readouterr().err.splitlines()[-1]
@@ -975,7 +919,7 @@ def test_link_to_the_tables_it_starts_from_is_refused(trained, capsys):
     before = Path("emb.npz").read_bytes()
     Path("link.npz").symlink_to("emb.npz")
     assert call(finetune.main, "--init", "emb.npz", "--out", "link.npz", "--epochs", 1) == 2
-    assert "would overwrite the tables" in capsys.readouterr().err
+    assert "would overwrite emb.npz, which is read here" in capsys.readouterr().err
     assert Path("emb.npz").read_bytes() == before
     assert call(finetune.main, "--out", "emb.npz", "--metrics", "link.npz") == 2
     assert "given twice" in capsys.readouterr().err
@@ -999,8 +943,8 @@ def test_next_commands_can_be_typed(trained, capsys):
     assert call(mmcpr.main, "--data", "shop", *QUICK) == 0
     assert "next: python finetune.py --init emb.npz\n" in capsys.readouterr().out
     assert call(finetune.main, "--init", "emb.npz", "--epochs", 1) == 0
-    assert f"next: python finetune.py --init random --data {trained / 'shop'}" in \
-        capsys.readouterr().out
+    command = f"next, to compare with: python finetune.py --init random --data {trained / 'shop'}"
+    assert command in capsys.readouterr().out
 
 
 # --- Interruptions ------------------------------------------------------------------------
@@ -1080,26 +1024,6 @@ def test_ctrl_c_keeps_the_best_epoch(tmp_path, script, out):
     _, err = process.communicate(timeout=60)
     assert process.returncode == 2 and b"error: interrupted" in err and b"Traceback" not in err
     assert (tmp_path / "result").exists()
-
-
-@pytest.fixture
-def interrupted(trained, monkeypatch):
-    """A function that runs a command and interrupts it in its n-th step, as Ctrl-C would."""
-    step = torch.optim.Adam.step
-
-    def command(main, *argv, after=2):
-        steps = []
-
-        def stop(*args, **options):
-            steps.append(1)
-            if len(steps) == after:
-                raise KeyboardInterrupt
-            return step(*args, **options)
-        with monkeypatch.context() as patch:
-            patch.setattr(torch.optim.Adam, "step", stop)
-            assert call(main, *argv) == 2
-        return trained
-    return command
 
 
 TWO_EPOCHS = ("--data", "shop", "--epochs", 2, "--eval-every", 1, "--out", "e.npz")
@@ -1225,1401 +1149,6 @@ def test_two_processes_get_what_one_gets(trained, script, options, torchrun):
         point = {name: value or 0 for name, value in point.items()}
         other = {name: value or 0 for name, value in other.items()}
         assert other == pytest.approx(point, rel=1e-4)
-
-
-# --- data.py, encode.py, amazon.py, demo.py: helpers ------------------------------------
-
-def csv_text(header, rows):
-    """The text of a CSV file; a row is a tuple of what needs no quotes."""
-    lines = [header]
-    for row in rows:
-        lines.append(",".join(map(str, row)))
-    return "\n".join(lines) + "\n"
-
-
-GOOD_PAIRS = [(u, i) for u in range(2) for i in range(6)]
-GOOD = {
-    "interactions.csv": csv_text(
-        "user,item,review", [(f"u{u}", f"i{i}", f"word{i}") for u, i in GOOD_PAIRS]),
-    "items.csv": csv_text(
-        "item,text,image", [(f"i{i}", f"text {i}", "") for i in range(6)]),
-}
-# An MMRec file of users 0 to 2 and items 0 to 4; the items' labels are 0, 1, 2, 0, 1.
-INTER_ROWS = [f"{n % 3}\t{n % 5}\t1.0\t{n % 5 % 3}" for n in range(15)]
-INTER = "\n".join(["userID\titemID\trating\tx_label", *INTER_ROWS]) + "\n"
-
-
-def put(folder, files):
-    """Writes {name: text, bytes or array} below folder, which it returns; None: no such file."""
-    for name, content in files.items():
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if isinstance(content, np.ndarray):
-            np.save(path, content)
-        elif isinstance(content, bytes):
-            path.write_bytes(content)
-        elif content is not None:
-            path.write_bytes(content.encode())
-    return folder
-
-
-def prepare(data_name, *more, data_dir=None):
-    """python data.py on a folder or a named data set, in this process; returns the exit code."""
-    data_dir = data_dir or data_name.parent / "cache"
-    argv = ("--data", data_name, "--data-dir", data_dir, "--encoder", "tiny", *more)
-    return call(data.main, *argv)
-
-
-def only_error(capsys):
-    """The one `error: ` line, the last of stderr (progress bars come before it)."""
-    lines = re.split(r"[\r\n]+", capsys.readouterr().err)
-    lines = [line for line in lines if line.strip()]
-    errors = [line for line in lines if "error:" in line or "Traceback" in line]
-    assert errors == lines[-1:]
-    assert lines[-1].startswith("error: ")
-    return lines[-1]
-
-
-def png(mode="RGB", size=(12, 9), colour=0, format="PNG"):
-    """The bytes of a picture of one colour."""
-    file = io.BytesIO()
-    Image.new(mode, size, colour).save(file, format)
-    return file.getvalue()
-
-
-def npy(array):
-    """The bytes of a .npy file."""
-    file = io.BytesIO()
-    np.save(file, array)
-    return file.getvalue()
-
-
-def encoder_calls(monkeypatch, fail_at=None):
-    """A list that gets the texts of each call of the tiny encoder; call fail_at is interrupted."""
-    calls, real = [], encode.TinyEncoder.text
-
-    def text(self, texts):
-        if len(calls) == fail_at:
-            raise KeyboardInterrupt
-        calls.append(list(texts))
-        return real(self, texts)
-
-    monkeypatch.setattr(encode.TinyEncoder, "text", text)
-    return calls
-
-
-def no_space(*args, **kwargs):
-    raise OSError(errno.ENOSPC, "No space left on device")
-
-
-# --- Folders that cannot be read ------------------------------------------------------------
-
-TOO_FEW = csv_text("user,item", [(f"u{n // 4}", f"i{n % 4}") for n in range(12)])
-
-
-@pytest.mark.parametrize("name, content, words", [
-    ("interactions.csv", "user,text\nu,i\n",
-     "interactions.csv, row 1: no column 'item'"),
-    ("interactions.csv", "user,itme\nu,i\n",
-     "row 1: no column 'item'; its columns are user, itme"),
-    ("items.csv", "itme,text\ni0,x\n",
-     "items.csv, row 1: no column 'item'; its columns are itme, text"),
-    ("interactions.csv", "user,item,item\nu,i0,i0\n",
-     "row 1: a column name occurs twice"),
-    ("interactions.csv", "",
-     "interactions.csv: the file is empty"),
-    ("interactions.csv", "user,item\n",
-     "interactions.csv: the header is there, but no row follows"),
-    ("interactions.csv", "user,item\nu,i0\nu,i1,more\n",
-     "interactions.csv, row 3: 3 fields, the header has 2"),
-    ("interactions.csv", "user,item\nu,i0\nu\n",
-     "interactions.csv, row 3: 1 fields"),
-    ("interactions.csv", b"user,item\nu,i0\nu,caf\xe9\nu,i1\n",
-     "interactions.csv, row 3: not UTF-8; save"),
-    ("interactions.csv", "user;item\nu;i0\n",
-     "row 1: no column 'user'; separate the columns by commas"),
-    ("interactions.csv", 'user,item\nu,i0\nu,"i1" x\n',
-     "interactions.csv, row 3: "),
-    ("interactions.csv", 'user,item\n"a\nb",i0\nu,"i1\nu,i2\nu,i3\n',
-     "interactions.csv, row 4: unexpected end of data; mend that row"),
-    ("interactions.csv", '"user,item\nu,i0\n',
-     "interactions.csv, row 1: unexpected end of data"),
-    ("interactions.csv", "user,item\nu,i0\n,i1\n",
-     "interactions.csv: data row 2 has no user; fill it in or remove"),
-    ("interactions.csv", "user,item\nu,i0\nu,\n",
-     "interactions.csv: data row 2 has no item"),
-    ("items.csv", "item,text\ni0,x\n,y\n",
-     "items.csv: data row 2 has no item"),
-    ("interactions.csv", "user,item\nu,i0\nu,i9\n",
-     "interactions.csv: data row 2 has item 'i9', which is not in items.csv"),
-    ("items.csv", GOOD["items.csv"] + "i2,again,\n",
-     "items.csv: data row 7 lists item 'i2' a second time; remove"),
-    ("items.csv", GOOD["items.csv"] + "j,x,a/../../x.png\n",
-     "items.csv: data row 7: image 'a/../../x.png' leaves"),
-    ("items.csv", GOOD["items.csv"] + "j,x,/x.png\n",
-     "items.csv: data row 7: image '/x.png' leaves the folder; use"),
-    ("interactions.csv", TOO_FEW,
-     "leaves nothing to test"),
-    ("interactions.csv", None,
-     "neither interactions.csv nor one .inter file"),
-])
-def test_folder_that_cannot_be_read(tmp_path, capsys, name, content, words):
-    """Exit code 2, and one line that names the file, the row and the remedy."""
-    assert prepare(put(tmp_path / "shop", GOOD | {name: content})) == 2
-    assert words in only_error(capsys)
-
-
-@pytest.mark.parametrize("edit, words", [
-    (lambda x: x[:5], "5 rows, but 6 are needed"),
-    (lambda x: x.astype(int), "int64 (6, 3)"),
-    (lambda x: x[:, 0], "float32 (6,)"),
-    (lambda x: x[:, :0], "float32 (6, 0)"),
-    (lambda x: np.where(x == 7, -np.inf, x), "data row 3 has infinities"),
-    (lambda x: np.where(x == 7, np.nan, x), "data row 3 has some NaN"),
-    (lambda x: x.astype(object), "not a readable .npy array"),
-    (lambda x: npy(x)[:-1], "not a readable .npy array"),
-    (lambda x: b"", "not a readable .npy array"),
-])
-@pytest.mark.parametrize("file", ["item_text.npy", "item_image.npy", "review.npy"])
-def test_feature_file_that_cannot_be_used(tmp_path, capsys, file, edit, words):
-    """A ready feature file with the wrong shape, dtype or values is refused by name."""
-    table = np.arange(18, dtype=np.float32).reshape(6, 3)
-    interactions = csv_text("user,item", [("u", f"i{i}") for i in range(6)])
-    files = GOOD | {"interactions.csv": interactions, file: edit(table)}
-    assert prepare(put(tmp_path / "shop", files)) == 2
-    message = only_error(capsys)
-    assert file in message
-    assert words in message
-
-
-@pytest.mark.parametrize("old, new, words", [
-    ("x_label", "label", "x.inter, row 1: no column 'x_label'"),
-    ("1.0\t2", "1.0\t3", "data row 3: x_label 3 is none of 0 (train), 1 (valid), 2 (test)"),
-    ("1.0\t2", "1.0\t-1", "data row 3: x_label '-1' is not a whole number"),
-    ("\n2\t2", "\n2\tB002", "data row 3: itemID 'B002' is not a whole number"),
-    ("\n2\t2", "\n2.0\t2", "data row 3: userID '2.0' is not a whole number"),
-    ("\n2\t2", f"\n{10 ** 20}\t2", f"data row 3: userID '{10 ** 20}'"),
-    ("1.0\t2", "1.0", "x.inter, row 4: 3 fields"),
-])
-def test_mmrec_folder_that_cannot_be_read(tmp_path, capsys, old, new, words):
-    """An MMRec folder's defect is named by row."""
-    assert prepare(put(tmp_path / "x", {"x.inter": INTER.replace(old, new, 1)})) == 2
-    assert words in only_error(capsys)
-
-
-def test_mmrec_id_too_large_for_a_table(tmp_path, capsys):
-    """A stray id stands for as many rows: named, not allocated (2e9 ids as text are 80 GB)."""
-    inter = INTER.replace("\n2\t2", "\n2\t2000000000", 1)
-    assert prepare(put(tmp_path / "x", {"x.inter": inter})) == 2
-    message = only_error(capsys)
-    assert "data row 3" in message
-    assert "2000000000" in message
-
-
-def test_mmrec_folder_without_training_rows(tmp_path, capsys):
-    inter = re.sub(r"0$", "2", INTER, flags=re.M)
-    assert prepare(put(tmp_path / "x", {"x.inter": inter})) == 2
-    assert "nothing to train on: no row has x_label 0" in only_error(capsys)
-
-
-def test_mmrec_labels_without_a_test_are_told_as_such(tmp_path, capsys):
-    """No 2 among the published labels: the number of a user's interactions is not the reason."""
-    inter = INTER.replace("1.0\t2", "1.0\t1")
-    assert prepare(put(tmp_path / "x", {"x.inter": inter})) == 2
-    message = only_error(capsys)
-    assert "nothing to test" in message
-    assert "5 interactions" not in message
-
-
-@pytest.mark.parametrize("name, words", [
-    ("nowhere", "--data nowhere: no such folder, and not one of "
-                "demo, vg, tg, sharee, amazon:<Category>"),
-    ("sharee", "private data set cannot be downloaded"),
-    ("amazon:", "a category is letters, digits and _"),
-    ("amazon:../x", "amazon:../x: a category is letters, digits and _"),
-])
-def test_unknown_data(tmp_path, capsys, name, words):
-    assert prepare(name, data_dir=tmp_path) == 2
-    assert words in only_error(capsys)
-
-
-# --- Folders that can -----------------------------------------------------------------------
-
-def test_duplicates_are_merged_and_the_earliest_review_stays(tmp_path, capsys):
-    rows = ["user,item,review", "u,b,earliest", "v,b,other", "u,b,second", "u,a,", "u,a,late"]
-    shop = data.load(str(put(tmp_path, {"interactions.csv": "\n".join(rows) + "\n"})))
-    users, items = shop.user_ids[shop.users], shop.item_ids[shop.items]
-    assert list(zip(users, items)) == [("u", "b"), ("v", "b"), ("u", "a")]
-    assert shop.reviews == ["earliest", "other", ""]
-    assert "2 duplicate pairs merged" in capsys.readouterr().out
-
-
-def test_csv_dialect(tmp_path):
-    """A byte order mark, CRLF, quoted commas, quotes and line breaks, blank lines, other columns,
-    items nobody bought."""
-    interactions = ('\ufeffuser,when,item,review\r\n'
-                    'u,1,"a,b","one ""two""\nthree"\r\n'
-                    '\r\n'
-                    'u,2,ü,\r\n')
-    items = 'text,item\n"x, y",ü\n,"a,b"\nz,unsold\n'
-    put(tmp_path, {"interactions.csv": interactions, "items.csv": items})
-    shop = data.load(str(tmp_path))
-    assert list(shop.item_ids) == ["ü", "a,b", "unsold"]
-    assert shop.texts == ["x, y", "", "z"] and shop.images is None
-    assert list(shop.item_ids[shop.items]) == ["a,b", "ü"]
-    assert shop.reviews == ['one "two"\nthree', ""]
-
-
-def test_columns_that_are_not_read_are_named(tmp_path, capsys):
-    """A misspelt name of an optional column is not silently ignored; without one, no line."""
-    put(tmp_path / "shop", GOOD)
-    data.load(str(tmp_path / "shop"))
-    assert "not read" not in capsys.readouterr().out
-    put(tmp_path / "shop", {
-        "interactions.csv": "user,item,reveiw,rating\nu,i0,x,1\n",
-        "items.csv": "item,txt,image\ni0,x,\n",
-    })
-    for contents in (True, False):
-        data.load(str(tmp_path / "shop"), contents=contents)
-        lines = capsys.readouterr().out.splitlines()
-        assert lines[:2] == [
-            "shop: interactions.csv has user, item (not read: reveiw, rating)",
-            "shop: items.csv has item, image (not read: txt)",
-        ]
-
-
-def test_user_with_one_interaction_trains_and_is_not_tested(tmp_path):
-    interactions = GOOD["interactions.csv"] + "single,i0,\n"
-    shop = data.load(str(put(tmp_path, GOOD | {"interactions.csv": interactions})))
-    parts = data.split_dataset(shop)
-    assert shop.user_ids[2] == "single"
-    assert [part[[2]].nnz for part in (parts.train, parts.valid, parts.test)] == [1, 0, 0]
-
-
-def test_interactions_alone_are_a_data_set(tmp_path, capsys):
-    interactions = GOOD["interactions.csv"].replace(",review", ",note")
-    assert prepare(put(tmp_path / "shop", {"interactions.csv": interactions})) == 0
-    assert "2 users, 6 items, 12 interactions" in capsys.readouterr().out
-
-
-def test_folder_may_be_called_like_a_built_in_set(tmp_path, capsys, monkeypatch):
-    """--data demo is the built-in set, also beside a folder of that name."""
-    put(tmp_path / "demo", GOOD)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(demo.write_demo, "__defaults__", (40, 30, 16))
-    assert prepare("demo", data_dir=tmp_path / "made") == 0
-    assert "demo: 40 users, 30 items" in capsys.readouterr().out
-
-
-def test_item_features_need_their_catalogue(tmp_path, capsys):
-    features = {"items.csv": None, "item_text.npy": np.ones((6, 2), np.float32)}
-    assert prepare(put(tmp_path / "shop", GOOD | features)) == 2
-    assert "item_text.npy: its rows are those of items.csv" in only_error(capsys)
-
-
-@pytest.mark.parametrize("main", [mmcpr.main, finetune.main, data.main])
-def test_help_names_each_default_once(main, capsys):
-    with pytest.raises(SystemExit):
-        main(["--help"])
-    text = " ".join(capsys.readouterr().out.split())
-    assert "default: None" not in text
-    assert not re.search(r"default: [^)]*\) \(default", text)
-
-
-def test_next_command_names_the_data_as_it_was_given(tmp_path, capsys, monkeypatch):
-    """Also where the name needs quotes; without --data it is the demo."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(demo.write_demo, "__defaults__", (40, 30, 16))
-    put(tmp_path / "my shop", GOOD)
-    for argv, name in ((("--data", "my shop", "--encoder", "tiny"), "'my shop'"), ((), "demo")):
-        assert call(data.main, *argv) == 0
-        assert capsys.readouterr().out.endswith(f"next: python mmcpr.py --data {name}\n")
-
-
-# --- Images ---------------------------------------------------------------------------------
-
-def png_chunk(kind, body):
-    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
-
-def png_bomb():
-    """A few bytes that claim to be 100,000 pixels wide and high."""
-    header = struct.pack(">IIBBBBB", 100_000, 100_000, 8, 2, 0, 0, 0)
-    return (b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header)
-            + png_chunk(b"IDAT", zlib.compress(bytes(1000))) + png_chunk(b"IEND", b""))
-
-
-def test_unreadable_images_are_nan_rows_and_counted(tmp_path, capsys):
-    """Exactly the missing, cut-off, fake and absurdly large pictures are left out."""
-    pixels = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
-    noise = {}
-    for kind in ("PNG", "JPEG"):
-        file = io.BytesIO()
-        Image.fromarray(pixels).save(file, kind)
-        noise[kind] = file.getvalue()
-    fine = {
-        "rgb.png": noise["PNG"],
-        "rgb.jpg": noise["JPEG"],
-        "rgba.png": png("RGBA", colour=(9, 9, 9, 99)),
-        "palette.png": png("P"),
-        "grey.png": png("L"),
-        "grey_alpha.png": png("LA"),
-        "bit.png": png("1"),
-        "grey16.png": png("I;16"),
-        "cmyk.jpg": png("CMYK", format="JPEG"),
-        "still.gif": png("P", format="GIF"),
-    }
-    bad = {
-        "missing.png": None,
-        "cut.png": noise["PNG"][:3000],
-        "cut.jpg": noise["JPEG"][:1000],
-        "text.png": "hello",
-        "empty.jpg": b"",
-        "bomb.png": png_bomb(),
-    }
-    pictures = fine | bad
-    items = csv_text("item,image", [*enumerate(pictures), ("none", "")])
-    files = {"items.csv": items, "interactions.csv": "user,item\nu,none\n"}
-    shop = data.load(str(put(tmp_path, pictures | files)))
-    rows = data.features(shop, "V", "tiny", tmp_path)["V"]
-    for name, row in zip(pictures, rows):
-        assert np.isfinite(row).all() == (name in fine), name
-        assert np.isnan(row).all() == (name in bad), name
-    assert np.isnan(rows[-1]).all()
-    line = "image: 256-d; 7 of 17 items have none (6 images missing or unreadable)"
-    assert line in capsys.readouterr().out
-
-
-def test_open_image_composes_transparency_and_caps_pixels(monkeypatch):
-    clear = io.BytesIO(png("RGBA", (16, 16), (200, 0, 0, 0)))
-    monkeypatch.setattr(encode, "MAX_PIXELS", 256)
-    assert np.all(np.asarray(encode.open_image(clear)) == 255)
-    monkeypatch.setattr(encode, "MAX_PIXELS", 255)
-    clear.seek(0)
-    assert encode.open_image(clear) is None
-
-
-def test_damaged_avif_is_left_out():
-    """Pillow's AVIF reader raises RuntimeError."""
-    file = io.BytesIO()
-    try:
-        Image.new("RGB", (32, 32), "red").save(file, "AVIF")
-    except (KeyError, OSError):
-        pytest.skip("this Pillow writes no AVIF")
-    whole = file.getvalue()
-    assert encode.open_image(io.BytesIO(whole)) is not None
-    for length in range(60, len(whole), 7):
-        cut_off = whole[:length]
-        overwritten = cut_off + b"\xff\xff\xff" + whole[length + 3:]
-        for damaged in (cut_off, overwritten):
-            encode.open_image(io.BytesIO(damaged))  # None or a picture, but no exception
-
-
-# --- The split ------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("valid", [0, 0.1, 0.5, 1])
-def test_split_counts(valid):
-    """floor(n_u / 5) to test, round(valid * training) to validation, and each user keeps one."""
-    users = np.repeat(np.arange(40), 1 + np.arange(40) % 13)
-    users = np.random.default_rng(3).permutation(users)
-    part, n = data.split(users, 1, valid), np.bincount(users)
-    assert np.array_equal(np.bincount(users[part == data.TEST], minlength=40), n // 5)
-    assert np.bincount(users[part == data.TRAIN], minlength=40).min() >= 1
-    n_rest = len(users) - np.sum(n // 5)
-    assert np.sum(part == data.VALID) == min(round(valid * n_rest), n_rest - 40)
-
-
-def test_split_seeds_are_reproducible_and_differ():
-    users = np.repeat(np.arange(30), 10)
-    part, other = data.split(users, 5), data.split(users, 6)
-    assert np.array_equal(part, data.split(users, 5))
-    for label in (data.VALID, data.TEST):
-        assert np.any((part == label) != (other == label))
-
-
-def test_split_is_uniform_over_a_users_interactions():
-    """Over many seeds each of ten interactions is tested in 1/5 of the splits (6 sigma)."""
-    users = np.zeros(10, int)
-    tested = np.mean([data.split(users, seed) == data.TEST for seed in range(1000)], axis=0)
-    assert np.all(np.abs(tested - 0.2) < 6 * np.sqrt(0.2 * 0.8 / 1000))
-
-
-def test_published_labels_are_respected(tmp_path):
-    """MMRec's x_label is the split; --valid 0 trains on its validation too.
-
-    Ids have gaps, and the feature rows follow them.
-    """
-    features = np.arange(12, dtype=np.float32).reshape(6, 2)
-    inter = INTER + "9\t5\t1.0\t0\n"
-    put(tmp_path / "x", {
-        "x.inter": inter, "text_feat.npy": features, "image_feat.npy": features + 1})
-    shop = data.load(str(tmp_path / "x"))
-    parts = data.split_dataset(shop, 0, 0.1)
-    rows = [line.split() for line in inter.splitlines()[1:]]
-    for label, matrix in enumerate((parts.train, parts.valid, parts.test)):
-        users, items = matrix.nonzero()
-        got = set(zip(shop.user_ids[users], shop.item_ids[items]))
-        assert got == {(u, i) for u, i, _, x in rows if x == str(label)}
-    merged = data.split_dataset(shop, 0, 0)
-    assert (merged.train != parts.train + parts.valid).nnz == 0
-    assert merged.valid.nnz == 0
-    assert list(shop.user_ids) == ["0", "1", "2", "9"]
-    made = data.features(shop, "TV")
-    assert np.array_equal(made["T"], features)
-    assert np.array_equal(made["V"], features + 1)
-
-
-@pytest.mark.parametrize("valid", [0.3, 1])
-def test_labels_without_validation_get_one_from_training(tmp_path, valid):
-    """`valid` of the published training is drawn; each user keeps one to train on."""
-    inter = INTER.replace("1.0\t1\n", "1.0\t0\n")
-    shop = data.load(str(put(tmp_path / "x", {"x.inter": inter})))
-    parts = data.split_dataset(shop, 0, valid)
-    n_train = np.sum(shop.labels == data.TRAIN)
-    assert parts.valid.nnz == min(round(valid * n_train), n_train - shop.n_users)
-    assert parts.train.nnz == n_train - parts.valid.nnz
-    assert np.diff(parts.train.indptr).min() >= 1
-    assert parts.test.nnz == np.sum(shop.labels == data.TEST)
-
-
-def labelled_parts(items, labels):
-    """The Parts of two users with three interactions each and published labels."""
-    ids = np.array(list("abcdef"))
-    users = np.array([0, 0, 0, 1, 1, 1])
-    labels = np.array(labels, np.int8)
-    return data.split_dataset(
-        data.Dataset("x", Path(), ids[:2], ids, users, np.array(items), labels))
-
-
-def test_fingerprint_and_graph_see_training_interactions_only():
-    parts = labelled_parts([0, 1, 2, 0, 1, 3], [0, 0, 2, 0, 1, 2])
-    other_held_out = labelled_parts([0, 1, 5, 0, 4, 2], [0, 0, 1, 0, 2, 2])
-    other_training = labelled_parts([0, 3, 2, 0, 1, 3], [0, 0, 2, 0, 1, 2])
-    assert parts.fingerprint == other_held_out.fingerprint
-    assert parts.fingerprint != other_training.fingerprint
-
-    def graph(parts):
-        return ops.co_interaction_plain(parts.train.T.tocsr())
-    assert (graph(parts) != graph(other_held_out)).nnz == 0
-    assert (graph(parts) != graph(other_training)).nnz > 0
-
-
-# --- Filters --------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("count", [1, 2, 3, 9])
-def test_k_core_is_the_fixpoint(count):
-    rng = np.random.default_rng(count)
-    pairs = np.stack([rng.integers(25, size=90), rng.integers(20, size=90)], axis=1)
-    users, items = np.unique(pairs, axis=0).T
-    rows = list(range(len(users)))
-    while True:
-        user_list, item_list = list(users[rows]), list(items[rows])
-        kept = []
-        for row in rows:
-            n_user, n_item = user_list.count(users[row]), item_list.count(items[row])
-            if n_user >= count and n_item >= count:
-                kept.append(row)
-        if kept == rows:
-            break
-        rows = kept
-    assert list(data.k_core(users, items, count)) == rows
-
-
-def test_filters_keep_contents_and_features_with_their_ids(tmp_path):
-    """After merging, --min-count and --sample a review and a feature row still belong to their id.
-
-    An item's text and feature are its number, an interaction's review and feature its row's.
-    """
-    rng = np.random.default_rng(0)
-    pairs = [(u, i) for u, i in rng.integers(14, size=(160, 2)).tolist()]
-    items = range(14, -1, -1)
-    put(tmp_path, {
-        "interactions.csv": csv_text(
-            "user,item,review", [(u, i, n) for n, (u, i) in enumerate(pairs)]),
-        "items.csv": csv_text("item,text", [(i, f"text {i}") for i in items]),
-        "item_text.npy": np.array(items, np.float32)[:, None],
-        "review.npy": np.arange(160, dtype=np.float32)[:, None],
-    })
-    for min_count, sample in ((0, 0), (5, 0), (5, 40)):
-        shop = data.load(str(tmp_path), min_count=min_count, sample=sample, seed=1)
-        made = data.features(shop, "TR")
-        numbers = [int(i) for i in shop.item_ids]
-        assert list(made["T"][:, 0]) == numbers
-        assert shop.texts == [f"text {i}" for i in numbers]
-        rows = [int(n) for n in shop.reviews]
-        assert rows == sorted(rows)
-        assert list(made["R"][:, 0]) == rows
-        for n, u, i in zip(rows, shop.user_ids[shop.users], shop.item_ids[shop.items]):
-            assert pairs[n] == (int(u), int(i))
-            assert pairs.index(pairs[n]) == n
-        if sample:
-            assert len(rows) == sample
-        least = 1 if sample else min_count
-        assert np.bincount(shop.users).min() >= least
-    with pytest.raises(InputError, match="--min-count 99 leaves no interaction"):
-        data.load(str(tmp_path), min_count=99)
-
-
-# --- The demo and the tiny encoder ----------------------------------------------------------
-
-def demo_digest(folder):
-    """The number of the demo's files, their digest, and that of their tiny features."""
-    import hashlib
-    import demo
-    import encode
-    demo.write_demo(folder, 60, 50)
-    paths = sorted(folder.rglob("*.*"))
-    files = hashlib.sha256()
-    for path in paths:
-        files.update(path.relative_to(folder).as_posix().encode() + path.read_bytes())
-    tiny = encode.TinyEncoder()
-    texts = tiny.text((folder / "items.csv").read_text().splitlines())
-    pictures = [encode.open_image(path) for path in sorted(folder.glob("images/*"))]
-    rows = hashlib.sha256(texts.tobytes() + tiny.image(pictures).tobytes())
-    return f"{len(paths)} {files.hexdigest()} {rows.hexdigest()}"
-
-
-def test_demo_and_tiny_encoder_are_the_same_in_every_process(tmp_path):
-    """In this one and in another, in which Python hashes and orders sets in another way."""
-    folders = [tmp_path / "this", tmp_path / "other"]
-    for folder in folders:
-        folder.mkdir()
-    script = (f"from pathlib import Path\n{inspect.getsource(demo_digest)}\n"
-              f"print(demo_digest(Path({str(folders[1])!r})))")
-    environment = os.environ | {"PYTHONHASHSEED": "20220627"}
-    process = subprocess.run([sys.executable, "-c", script], cwd=HERE, env=environment,
-                             capture_output=True, text=True, check=True)
-    digest = demo_digest(folders[0])
-    assert process.stdout.strip() == digest
-    assert int(digest.split()[0]) > 40
-
-
-def test_tiny_encoder_tells_contents_apart():
-    """Unit rows; the same content gives the same row, a shared word a closer one, no word none."""
-    tiny = encode.TinyEncoder()
-    text = tiny.text(["a red lamp", "A red, lamp!", "a red kettle", "zzz", "..."])
-    cosine = text @ text.T
-    assert cosine[0, 1] == pytest.approx(1)
-    assert 0.2 < cosine[0, 2] < 0.9
-    assert abs(cosine[0, 3]) < 0.2
-    assert not text[4].any()
-    image = tiny.image([Image.new("RGB", (9, 5), colour) for colour in ("red", "red", "blue")])
-    cosine = image @ image.T
-    assert np.diag(cosine) == pytest.approx(1)
-    assert cosine[0, 1] == pytest.approx(1)
-    assert cosine[0, 2] < 0.5
-
-
-# --- The feature cache ----------------------------------------------------------------------
-
-TEXTS = [f"word{n} word{n % 3}" if n % 5 else "" for n in range(11)]
-
-
-def bare_dataset(folder):
-    """A data set that is a name and a folder."""
-    ids, index = np.array(["x"]), np.zeros(1, int)
-    return data.Dataset("shop", folder, ids, ids, index, index)
-
-
-def extract(folder, texts, encoder="tiny"):
-    """The features of texts, encoded four at a time."""
-    rows = encode.extract(
-        bare_dataset(folder), "text", texts, encoder, ("m", "w"), folder, chunk=4)
-    return np.array(rows)
-
-
-def test_cached_features_are_not_made_again(tmp_path, monkeypatch):
-    rows = extract(tmp_path, TEXTS)
-    assert list(np.isnan(rows).all(1)) == [not text for text in TEXTS]
-    assert list(np.isfinite(rows).all(1)) == [bool(text) for text in TEXTS]
-    files = set(tmp_path.rglob("*.npy"))
-    calls = encoder_calls(monkeypatch, fail_at=0)
-    np.testing.assert_array_equal(extract(tmp_path, TEXTS), rows)
-    assert set(tmp_path.rglob("*.*")) == files
-    assert calls == []
-
-
-@pytest.mark.parametrize("change", ["text", "order", "version", "encoder"])
-def test_other_contents_or_encoder_other_cache(tmp_path, monkeypatch, change):
-    """A text, the order, the version or the encoder changes the cache's name; both stay."""
-    before = extract(tmp_path, TEXTS)
-    texts, encoder = TEXTS, "tiny"
-    if change == "text":
-        texts = TEXTS[:-1] + ["changed"]
-    elif change == "order":
-        texts = TEXTS[::-1]
-    elif change == "version":
-        monkeypatch.setattr(encode, "FEATURES_VERSION", 99)
-    else:
-        encoder = "clip"
-        monkeypatch.setattr(encode, "ClipEncoder", lambda *clip: encode.TinyEncoder())
-    after = extract(tmp_path, texts, encoder)
-    assert len(list(tmp_path.rglob("*.npy"))) == 2
-    assert list(np.isnan(after).any(1)) == [not text for text in texts]
-    monkeypatch.undo()
-    np.testing.assert_array_equal(extract(tmp_path, TEXTS), before)
-
-
-def test_replaced_picture_is_encoded_again(tmp_path):
-    """One of the same size in bytes too."""
-    rows = []
-    for seconds, colour in enumerate(("red", "blue")):
-        put(tmp_path, {"a.bmp": png(colour=colour, format="BMP")})
-        os.utime(tmp_path / "a.bmp", (seconds, seconds))
-        features = encode.extract(
-            bare_dataset(tmp_path), "image", ["a.bmp"], "tiny", None, tmp_path)
-        rows.append(np.array(features))
-    assert not np.array_equal(rows[0], rows[1])
-
-
-@pytest.mark.parametrize("cut, n_done", [(0, 4), (7, 3), (100_000, 0)])
-def test_interrupted_extraction_goes_on(tmp_path, monkeypatch, cut, n_done):
-    """Ctrl-C after four rows, then `cut` bytes lost: the rest alone is encoded."""
-    whole = extract(tmp_path / "whole", TEXTS)
-    encoder_calls(monkeypatch, fail_at=1)
-    with pytest.raises(KeyboardInterrupt):
-        extract(tmp_path, TEXTS)
-    part, = tmp_path.glob("features/*.part")
-    os.truncate(part, max(0, part.stat().st_size - cut))
-    monkeypatch.undo()
-    calls = encoder_calls(monkeypatch)
-    np.testing.assert_array_equal(extract(tmp_path, TEXTS), whole)
-    assert sum(calls, []) == [text for text in TEXTS[n_done:] if text]
-    assert not part.exists()
-
-
-def test_two_that_encode_the_same_at_once(tmp_path, monkeypatch):
-    """The second starts in the middle of the other and is done before it: both get the whole."""
-    whole = extract(tmp_path / "whole", TEXTS)
-    real, calls, second = encode.TinyEncoder.text, [], []
-
-    def text(self, texts):
-        calls.append(texts)
-        if len(calls) == 2:
-            second.append(extract(tmp_path, TEXTS))
-        return real(self, texts)
-
-    monkeypatch.setattr(encode.TinyEncoder, "text", text)
-    np.testing.assert_array_equal(extract(tmp_path, TEXTS), whole)
-    np.testing.assert_array_equal(second[0], whole)
-    assert [path.suffix for path in tmp_path.glob("features/*")] == [".npy"]
-
-
-def test_interrupted_command_says_so_and_the_next_one_goes_on(tmp_path, capsys, monkeypatch):
-    encoder_calls(monkeypatch, fail_at=1)
-    assert prepare(put(tmp_path / "shop", GOOD)) == 2
-    assert "interrupted" in only_error(capsys)
-    monkeypatch.undo()
-    # The descriptions were done, the reviews are left.
-    calls = encoder_calls(monkeypatch)
-    assert prepare(tmp_path / "shop") == 0
-    assert calls == [[f"word{i}" for u, i in GOOD_PAIRS]]
-
-
-def test_full_disk_while_encoding(tmp_path, capsys, monkeypatch):
-    """One line, code 2; the .part stays, and the next run makes what an undisturbed one does."""
-    whole = extract(tmp_path / "whole", TEXTS)
-    put(tmp_path / "shop", GOOD)
-    with monkeypatch.context() as patch:
-        patch.setattr(encode.tqdm, "update", no_space)  # called when a chunk has been written
-        assert prepare(tmp_path / "shop") == 2
-        assert "the disk is full" in only_error(capsys)
-        with pytest.raises(OSError):
-            extract(tmp_path, TEXTS)
-    assert not list(tmp_path.glob("features/*.npy"))
-    np.testing.assert_array_equal(extract(tmp_path, TEXTS), whole)
-    assert prepare(tmp_path / "shop") == 0
-
-
-def test_damaged_cache_is_named(tmp_path, capsys):
-    """A feature cache that a copy cut off: its name and the remedy, no traceback."""
-    assert prepare(put(tmp_path / "shop", GOOD)) == 0
-    cache, = tmp_path.glob("cache/features/*-text-*.npy")
-    os.truncate(cache, 200)
-    assert prepare(tmp_path / "shop") == 2
-    message = only_error(capsys)
-    assert cache.name in message
-    assert "delete" in message
-
-
-# --- Files that are whole or not there ------------------------------------------------------
-
-@pytest.mark.parametrize("step", ["write", "fsync", "replace"])
-def test_full_disk_leaves_the_earlier_file(tmp_path, capsys, monkeypatch, step):
-    """Wherever writing fails, the earlier file is intact and no temporary one stays."""
-    path = tmp_path / "a.csv"
-    run.write_file(path, lambda file: file.write("earlier"), "w")
-    if step != "write":
-        monkeypatch.setattr(os, step, no_space)
-
-    def fill(file):
-        file.write("half")
-        if step == "write":
-            no_space()
-
-    assert run.cli(lambda argv: run.write_file(path, fill, "w")) == 2
-    assert "the disk is full" in only_error(capsys)
-    assert list(tmp_path.iterdir()) == [path]
-    assert path.read_text() == "earlier"
-
-
-def test_pictures_survive_an_interrupted_renewal(tmp_path, monkeypatch):
-    """Ctrl-C at any step of replacing a prepared folder by a newer one loses no picture."""
-    def write_old(target):
-        put(target, {"images/a.jpg": png(), "items.csv": "old"})
-
-    def write_new(target):
-        put(target, {"items.csv": "new"})
-
-    def interrupted(real):
-        def wrapper(*args, **kwargs):
-            nonlocal steps_left
-            steps_left -= 1
-            if steps_left == 0:
-                raise KeyboardInterrupt
-            return real(*args, **kwargs)
-        return wrapper
-
-    for step in range(1, 20):
-        folder, steps_left = tmp_path / str(step) / "Tiny", step
-        run.make_folder(folder, 1, write_old)
-        with monkeypatch.context() as patch:
-            for module, name in ((os, "rename"), (os, "replace"), (run.shutil, "rmtree")):
-                patch.setattr(module, name, interrupted(getattr(module, name)))
-            with contextlib.suppress(KeyboardInterrupt):
-                run.make_folder(folder, 2, write_new)
-        run.make_folder(folder, 2, write_new)
-        assert (folder / "images" / "a.jpg").exists()
-        assert (folder / "items.csv").read_text() == "new"
-        if steps_left > 0:
-            break  # no step was left to interrupt
-    assert 2 < step < 19
-
-
-def embeddings(folder, with_user=True):
-    """Random tables of a data set with unicode ids: (path, dataset, parts, user, item)."""
-    interactions = GOOD["interactions.csv"].replace("u1", "ü1").replace("i3", "項3")
-    shop = data.load(str(put(folder, {"interactions.csv": interactions})))
-    parts = data.split_dataset(shop)
-    rng = np.random.default_rng(0)
-    user = rng.normal(size=(shop.n_users, 4)).astype(np.float32)
-    item = rng.normal(size=(shop.n_items, 4)).astype(np.float32)
-    path, meta = folder / "emb.npz", {"data": {"data": str(folder)}}
-    data.save_embeddings(path, shop, parts, user if with_user else None, item, meta)
-    return path, shop, parts, user, item
-
-
-@pytest.mark.parametrize("with_user", [True, False])
-def test_embeddings_round_trip(tmp_path, with_user):
-    path, shop, parts, user, item = embeddings(tmp_path, with_user)
-    arrays = data.load_embeddings(path)
-    assert arrays["item"].dtype == np.float32
-    assert np.array_equal(arrays["item"], item)
-    assert ("user" in arrays) == with_user
-    if with_user:
-        assert np.array_equal(arrays["user"], user)
-    assert list(arrays["user_ids"]) == ["u0", "ü1"]
-    assert list(arrays["item_ids"]) == list(shop.item_ids)
-    assert "項3" in arrays["item_ids"]
-    assert arrays["meta"] == {"data": {"data": str(tmp_path)}}
-    assert arrays["fingerprint"] == parts.fingerprint
-
-
-@pytest.mark.parametrize("name, edit, words", [
-    ("item", None, "no array 'item'"),
-    ("item_ids", None, "no array 'item_ids'"),
-    ("user_ids", None, "no array 'user_ids'"),
-    ("meta", None, "no array 'meta'"),
-    ("fingerprint", None, "no array 'fingerprint'"),
-    ("item_ids", lambda x: x.astype(object), "pickled"),
-    ("meta", lambda x: np.array("{"), "make it again"),
-    ("user", lambda x: x[:, :3], "(2, 3)"),
-    ("item", lambda x: x[:5], "(5, 4) for 6 ids"),
-    ("item", lambda x: x[0], "(4,) for 6 ids"),
-    ("item", lambda x: x[0, 0], "make it again"),
-    ("item", lambda x: x.astype(str), "make it again"),
-    ("user", lambda x: x * np.nan, "not finite"),
-    ("item", lambda x: x / 0, "not finite"),
-])
-@pytest.mark.filterwarnings("ignore:divide by zero")
-def test_embeddings_that_cannot_be_used(tmp_path, capsys, name, edit, words):
-    """finetune.py refuses an array that is missing, pickled, misshapen or not finite."""
-    path = embeddings(tmp_path)[0]
-    arrays = dict(np.load(path))
-    if edit is None:
-        del arrays[name]
-    else:
-        arrays[name] = edit(arrays[name])
-    np.savez(path, **arrays)
-    assert call(finetune.main, "--init", path) == 2
-    message = only_error(capsys)
-    assert str(path) in message
-    assert words in message
-
-
-@pytest.mark.parametrize("damage", [
-    lambda content: content[:-30],
-    lambda content: content[:200],
-    lambda content: b"",
-    lambda content: b"text",
-    lambda content: npy(np.ones((6, 4))),
-    lambda content: None,
-])
-def test_damaged_embeddings_file(tmp_path, capsys, damage):
-    """Cut off, empty, not an .npz, or not there."""
-    path = embeddings(tmp_path)[0]
-    content = path.read_bytes()
-    path.unlink()
-    put(tmp_path, {"emb.npz": damage(content)})
-    assert call(finetune.main, "--init", path) == 2
-    message = only_error(capsys)
-    assert f"error: {path}: " in message
-    assert "make it" in message
-
-
-# --- Amazon: the raw files ------------------------------------------------------------------
-
-def review(user, item, text, seconds):
-    return {"reviewerID": user, "asin": item, "reviewText": text, "unixReviewTime": seconds}
-
-
-REVIEWS = [review(f"U{u}", f"B{i}", f"text {u} {i}", 100 * u + i) for u, i in GOOD_PAIRS]
-META = [{"asin": f"B{i}", "title": f"Thing {i}", "description": [], "imageURL": []}
-        for i in range(6)]
-
-
-def packed(records):
-    """The bytes of a .json.gz file of these records; a str is a line as it is."""
-    lines = []
-    for record in records:
-        line = record if isinstance(record, str) else json.dumps(record)
-        lines.append(line + "\n")
-    return gzip.compress("".join(lines).encode())
-
-
-def raw(folder, reviews=REVIEWS, meta=META):
-    """Puts the raw files of amazon:Tiny where they are downloaded to; returns folder."""
-    put(folder / "amazon", {"Tiny_5.json.gz": packed(reviews), "meta_Tiny.json.gz": packed(meta)})
-    return folder
-
-
-def csv_records(path):
-    with open(path, encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def warty_reviews():
-    """Reviews of U0 for B0 to B3, one of them twice, and of items without metadata."""
-    return [
-        review("U0", "B0", "later", 9),
-        review("U0", "B0", "earlier <br /> one", 2),
-        {"reviewerID": "U0", "asin": "B1", "summary": "only a summary", "unixReviewTime": 1},
-        review("U0", "B2", None, 3),
-        review("U0", "B3", "&#34;quoted&#34;, with a comma", 4),
-        review("U1", "gone", "its item has no metadata", 0),
-        review("U2", "gone", "this one too", 5),
-        review("U2", "B0", "at no known time", None),
-    ]
-
-
-def warty_meta(pictures):
-    """Metadata with each known defect once, and co-purchases and ranks named leak."""
-    leaks = {
-        "also_buy": ["leak1"], "also_view": ["leak2"], "similar_item": "leak3",
-        "rank": "leak4 in Toys", "also_bought": ["leak5"], "main_cat": "leak6",
-        "category": ["leak7"], "salesRank": {"leak8": 1},
-    }
-    return [
-        {"asin": "B0", "title": "A <b>bold</b> &amp; <i>new<span class='x",
-         "description": ["One<br>two", "three"], "feature": ["soft"], "brand": "Acme",
-         "imageURL": pictures[:1], "imageURLHighRes": pictures[1:2], **leaks},
-        {"asin": "B0", "title": "listed twice", "description": ["two"], **leaks},
-        {"asin": "B1", "title": "var aPageStart = (new Date()).getTime();", "description": "",
-         "image": pictures[2:3]},
-        {"asin": "B2", "title": None, "description": "a <script>leak9()</script>plain string",
-         "image": pictures[3]},
-        {"asin": "B3", "title": "Half a pair \ud83d", "description": [""], "feature": None,
-         "imageURL": ["data:x"]},
-        {"asin": "unsold", "title": "nobody wrote about it"},
-    ]
-
-
-def test_amazon_warts(tmp_path, capsys):
-    """The raw files' defects. Co-purchases and ranks are interactions: they reach no text."""
-    pictures = [f"http://127.0.0.1/{n}.jpg" for n in range(5)]
-    raw(tmp_path, warty_reviews(), warty_meta(pictures))
-    shop = data.load("amazon:Tiny", tmp_path, modalities="RTG")
-    texts = dict(zip(shop.item_ids, shop.texts))
-    assert list(texts) == ["B0", "B1", "B2", "B3"]
-    assert texts["B0"] == "A bold & new One two three soft Acme"
-    assert texts["B1"] == ""
-    assert texts["B2"] == "a plain string"
-    assert texts["B3"].startswith("Half a pair")
-    pairs = zip(shop.user_ids[shop.users], shop.item_ids[shop.items])
-    assert dict(zip(pairs, shop.reviews)) == {
-        ("U0", "B0"): "earlier one",
-        ("U0", "B1"): "only a summary",
-        ("U0", "B2"): "",
-        ("U0", "B3"): '"quoted", with a comma',
-        ("U2", "B0"): "at no known time",
-    }
-    # U1 is gone, and the oldest review, at no known time, comes to the front.
-    assert list(shop.user_ids) == ["U2", "U0"]
-    folder = tmp_path / "amazon" / "Tiny"
-    assert "leak" not in (folder / "items.csv").read_text()
-    assert json.loads((folder / "image_urls.json").read_text()) == {
-        "images/B0.jpg": [pictures[1], pictures[0]],
-        "images/B1.jpg": [pictures[2]],
-        "images/B2.jpg": [pictures[3]],
-    }
-    has_image = [bool(row["image"]) for row in csv_records(folder / "items.csv")]
-    assert has_image == [True, True, True, False]
-    out = capsys.readouterr().out
-    assert ("8 reviews, 5 items, of which 1 without metadata are dropped, "
-            "with 2 reviews") in out
-    assert "1 duplicate pairs merged" in out
-
-
-def test_amazon_is_prepared_once_and_again_when_a_raw_file_changes(tmp_path, monkeypatch):
-    real, writes = amazon.write_amazon, []
-
-    def write_amazon(*args):
-        writes.append(args)
-        real(*args)
-
-    monkeypatch.setattr(amazon, "write_amazon", write_amazon)
-    raw(tmp_path)
-    for _ in range(2):
-        assert data.load("amazon:Tiny", tmp_path).n_items == 6
-        assert len(writes) == 1
-    raw(tmp_path, meta=META[:5])
-    assert data.load("amazon:Tiny", tmp_path).n_items == 5
-    assert len(writes) == 2
-    for path in (tmp_path / "amazon").glob("*.gz"):
-        path.unlink()
-    assert data.load("amazon:Tiny", tmp_path).n_items == 5
-    assert len(writes) == 2
-    assert [path.name for path in (tmp_path / "amazon").iterdir()] == ["Tiny"]
-
-
-@pytest.mark.parametrize("name, damage, words", [
-    ("Tiny_5.json.gz", lambda content: content[:-20],
-     "Tiny_5.json.gz: cut off or damaged; delete it"),
-    ("meta_Tiny.json.gz", lambda content: content[:40] + b"xxxx" + content[44:],
-     "meta_Tiny.json.gz: cut off or damaged; delete it"),
-    ("meta_Tiny.json.gz", lambda content: b"<html>moved</html>",
-     "meta_Tiny.json.gz: cut off or damaged; delete it"),
-    ("meta_Tiny.json.gz", lambda content: packed([*META, "{'a': 1}"]),
-     "meta_Tiny.json.gz, row 7: not a JSON record"),
-    ("Tiny_5.json.gz", lambda content: packed([REVIEWS[0], "[1]"]),
-     "Tiny_5.json.gz, row 2: not a JSON record"),
-    ("Tiny_5.json.gz", lambda content: packed([REVIEWS[0], {"asin": "B1"}]),
-     "Tiny_5.json.gz, row 2: no field 'reviewerID'"),
-    ("meta_Tiny.json.gz", lambda content: packed([{"asin": "other"}]),
-     "no item of Tiny_5.json.gz is in it"),
-])
-def test_damaged_raw_file(tmp_path, capsys, name, damage, words):
-    """A raw file's defect is one line, and no half-made folder stays."""
-    path = raw(tmp_path) / "amazon" / name
-    path.write_bytes(damage(path.read_bytes()))
-    assert prepare("amazon:Tiny", data_dir=tmp_path) == 2
-    assert words in only_error(capsys)
-    names = {path.name for path in (tmp_path / "amazon").iterdir()}
-    assert names == {"Tiny_5.json.gz", "meta_Tiny.json.gz"}
-
-
-# --- Amazon: the downloads, from a server on this machine -----------------------------------
-
-@contextlib.contextmanager
-def server(routes):
-    """Serves {path: bytes, or a function of the handler}; other paths are 404.
-
-    Yields (address, log of (path, Range header)).
-    """
-    log = []
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self):
-            log.append((self.path, self.headers["Range"]))
-            route = routes.get(self.path)
-            with contextlib.suppress(ConnectionError):
-                if route is None:
-                    answer(self, b"no such file", 404)
-                elif callable(route):
-                    route(self)
-                else:
-                    answer(self, route)
-
-        def log_message(self, *args):
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as httpd:
-        thread = threading.Thread(target=httpd.serve_forever, args=(0.01,), daemon=True)
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{httpd.server_port}/", log
-        finally:
-            httpd.shutdown()
-
-
-def answer(handler, body, status=200, sent=None, **headers):
-    """One answer; sent: only so many bytes of what Content-Length promises."""
-    handler.send_response(status)
-    headers = {"Content-Length": len(body), **headers}
-    for name, value in headers.items():
-        handler.send_header(name, str(value))
-    handler.end_headers()
-    handler.wfile.write(body[:sent])
-
-
-def cut_once(body, length, ranges):
-    """A route that closes the connection after `length` bytes, once.
-
-    After that it goes on from where it is asked to or, without ranges, starts anew.
-    """
-    starts = []
-
-    def route(handler):
-        start, asked = 0, handler.headers["Range"]
-        if ranges and asked:
-            start = int(re.match(r"bytes=(\d+)-$", asked)[1])
-        starts.append(start)
-        sent = length if len(starts) == 1 else None
-        answer(handler, body[start:], 206 if start else 200, sent)
-
-    return route
-
-
-def no_sleep(monkeypatch):
-    """Downloads try again at once; returns the seconds they would have waited."""
-    waits = []
-    monkeypatch.setattr(amazon.time, "sleep", waits.append)
-    return waits
-
-
-@pytest.mark.parametrize("ranges", [True, False])
-def test_amazon_from_nothing(tmp_path, capsys, monkeypatch, ranges):
-    """Raw files through a redirect and a cut connection, pictures of every kind.
-
-    The second run asks for nothing again.
-    """
-    no_sleep(monkeypatch)
-    # A picture may have 5,000 bytes and is asked for twice.
-    monkeypatch.setattr(amazon.fetch_image, "__defaults__", (5000, 2))
-    good = png(colour="red", format="JPEG")
-    pause = threading.Event()  # never set; time.sleep is patched
-
-    def redirect(location):
-        return lambda handler: answer(handler, b"", 302, Location=location)
-
-    def slow(handler):
-        pause.wait(0.2)
-        answer(handler, good)
-
-    routes = {
-        "/good": good,
-        "/slow": slow,
-        "/page": b"<html>captcha</html>",
-        "/big": good + bytes(5000),  # but for its size a fine picture
-        "/moved": redirect("/good"),
-        "/cut": cut_once(good, 300, False),
-        "/empty": lambda handler: answer(handler, b""),
-    }
-    item_pictures = [["good"], ["slow"], ["page"], ["big"], ["gone"], ["gone", "good"],
-                     ["moved"], ["cut"], ["empty"]]
-    reviews = []
-    for n in range(27):
-        reviews.append({"reviewerID": f"U{n % 3}", "asin": f"B{n // 3}", "reviewText": "x"})
-    reviews = packed(reviews)
-    with server(routes) as (url, log):
-        meta = []
-        for i, names in enumerate(item_pictures):
-            urls = [url + name for name in names]
-            meta.append({"asin": f"B{i}", "title": f"Thing {i}", "imageURLHighRes": urls})
-        meta = packed(meta)
-        routes["/old/categoryFilesSmall/Tiny_5.json.gz"] = redirect("/new")
-        routes["/new"] = reviews
-        routes["/old/metaFiles2/meta_Tiny.json.gz"] = cut_once(meta, 50, ranges)
-        argv = ("amazon:Tiny", "--amazon-url", url + "old")  # no slash after old
-        assert prepare(*argv, data_dir=tmp_path) == 0
-        n_asked, out = len(log), capsys.readouterr().out
-        assert prepare(*argv, data_dir=tmp_path) == 0
-        assert len(log) == n_asked
-    assert [asked for path, asked in log if "meta" in path] == [None, "bytes=50-"]
-    folder = tmp_path / "amazon"
-    assert (folder / "meta_Tiny.json.gz").read_bytes() == meta
-    assert (folder / "Tiny_5.json.gz").read_bytes() == reviews
-    assert not list(tmp_path.rglob("*.part"))
-    fetched = {}
-    for path in (folder / "Tiny" / "images").glob("*.jpg"):
-        fetched[path.name] = path.read_bytes()
-    assert fetched == {f"B{i}.jpg": good for i in (0, 1, 5, 6, 7)}
-    assert ("images: 5 fetched, 4 refused or no picture, 0 unreachable; "
-            "their items go without") in out
-    assert "image: 256-d; 4 of 9 items have none (4 images missing or unreadable)" in out
-
-
-def test_raw_file_that_is_not_there(tmp_path, capsys):
-    with server({}) as (url, log):
-        assert prepare("amazon:Tiny", "--amazon-url", url, data_dir=tmp_path) == 2
-    message = only_error(capsys)
-    assert f"{url}categoryFilesSmall/Tiny_5.json.gz: HTTP 404" in message
-    assert f"put the file at {tmp_path / 'amazon' / 'Tiny_5.json.gz'}" in message
-    assert len(log) == 1
-
-
-@pytest.mark.parametrize("url", ["127.0.0.1:1/", "http://127.0.0.1:1/", "http://[/"])
-def test_server_that_is_not_there(tmp_path, capsys, monkeypatch, url):
-    """A malformed address or a port where nobody listens: a few tries, then one line."""
-    waits = no_sleep(monkeypatch)
-    assert prepare("amazon:Tiny", "--amazon-url", url, data_dir=tmp_path) == 2
-    assert "put the file at" in only_error(capsys)
-    assert waits == sorted(waits)
-    assert len(waits) < 10
-
-
-def test_server_that_never_gets_further_is_given_up(tmp_path, capsys, monkeypatch):
-    """Every answer cut at the same place: no endless loop."""
-    no_sleep(monkeypatch)
-
-    def cut(handler):
-        answer(handler, bytes(1000), sent=100)
-
-    with server({"/categoryFilesSmall/Tiny_5.json.gz": cut}) as (url, log):
-        assert prepare("amazon:Tiny", "--amazon-url", url, data_dir=tmp_path) == 2
-    assert "the connection was cut; run the command again" in only_error(capsys)
-    assert 2 < len(log) < 20
-
-
-def test_part_file_that_is_already_whole_or_foreign(tmp_path, monkeypatch):
-    """HTTP 416: what lies here does not fit the server's file, which is fetched anew."""
-    no_sleep(monkeypatch)
-
-    def whole_only(handler):
-        if handler.headers["Range"]:
-            answer(handler, b"", 416)
-        else:
-            answer(handler, b"new")
-
-    put(tmp_path, {"a.gz.part": "something longer"})
-    with server({"/a.gz": whole_only}) as (url, log):
-        amazon.download(url + "a.gz", tmp_path / "a.gz")
-    assert [path.name for path in tmp_path.iterdir()] == ["a.gz"]
-    assert (tmp_path / "a.gz").read_bytes() == b"new"
-
-
-def test_dead_picture_server_stops_the_asking(tmp_path, capsys):
-    """After 32 failures in a row the rest is left for another run, and none counts as refused."""
-    urls = {f"images/{n}.jpg": [f"http://127.0.0.1:1/{n}.jpg"] for n in range(200)}
-    put(tmp_path, {"image_urls.json": json.dumps(urls)})
-    amazon.fetch_images(tmp_path)
-    line = capsys.readouterr().out
-    counts = re.search(r"0 fetched, 0 refused or no picture, (\d+) unreachable; "
-                       r"gave up after 32 in a row, (\d+) not tried", line)
-    n_unreachable, n_left = map(int, counts.groups())
-    assert 32 <= n_unreachable < 64
-    assert n_unreachable + n_left == 200
-    assert not list((tmp_path / "images").iterdir())
-
-
-def test_unreachable_pictures_are_asked_for_again(tmp_path, capsys, monkeypatch):
-    """A server error or a time-out is no refusal: the next run tries again, and only that."""
-    real = amazon.urllib.request.urlopen
-
-    def impatient(request, timeout):
-        return real(request, timeout=0.2)
-
-    monkeypatch.setattr(amazon.urllib.request, "urlopen", impatient)
-    busy, done = True, threading.Event()
-
-    def hangs(handler):
-        if busy:
-            done.wait(10)
-        else:
-            answer(handler, png())
-
-    def fails(handler):
-        if busy:
-            answer(handler, b"", 503)
-        else:
-            answer(handler, png())
-
-    with server({"/hangs": hangs, "/fails": fails, "/fine": png()}) as (url, log):
-        names = ("hangs", "fails", "fine", "gone")
-        urls = {f"images/{name}.jpg": [url + name] for name in names}
-        put(tmp_path, {"image_urls.json": json.dumps(urls)})
-        amazon.fetch_images(tmp_path)
-        line = capsys.readouterr().out
-        assert "1 fetched, 1 refused or no picture, 2 unreachable" in line
-        n_asked = len(log)
-        busy = False
-        done.set()
-        amazon.fetch_images(tmp_path)
-    assert sorted(path for path, _ in log[n_asked:]) == ["/fails", "/hangs"]
-    line = capsys.readouterr().out
-    assert "2 fetched, 0 refused or no picture, 0 unreachable" in line
-
-
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
-@pytest.mark.parametrize("what", ["raw", "picture"])
-def test_full_disk_while_downloading(tmp_path, capsys, monkeypatch, what, code):
-    """A full disk is told at once, not taken for a broken connection; no half picture stays."""
-    real = os.replace
-
-    def full(*args, **kwargs):
-        raise OSError(code, "full")
-
-    def full_for_pictures(old, new):
-        if Path(new).suffix == ".jpg":
-            full()
-        real(old, new)
-
-    monkeypatch.setattr(amazon.time, "sleep", full)
-    routes = {"/categoryFilesSmall/Tiny_5.json.gz": bytes(9), "/a.png": png()}
-    with server(routes) as (url, log):
-        with_picture = META[0] | {"imageURL": [url + "a.png"]}
-        raw(tmp_path, meta=[with_picture, *META[1:]])
-        if what == "raw":
-            (tmp_path / "amazon" / "Tiny_5.json.gz").unlink()
-            monkeypatch.setattr(amazon.tqdm, "update", full)
-        else:
-            monkeypatch.setattr(os, "replace", full_for_pictures)
-        assert prepare("amazon:Tiny", "--amazon-url", url, data_dir=tmp_path) == 2
-    assert "the disk is full" in only_error(capsys)
-    assert len(log) == 1
-    assert not list(tmp_path.glob("amazon/Tiny/images/*"))
-
-
-# --- CLIP -----------------------------------------------------------------------------------
-
-def tiny_clip(folder, custom_text=False):
-    """(name, weights file, model): a one-layer CLIP with random weights, known to open_clip."""
-    open_clip = pytest.importorskip("open_clip")
-    import torch
-    name = "tiny-custom-test" if custom_text else "tiny-test"
-    config = {
-        "embed_dim": 24,
-        "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16,
-                       "patch_size": 8},
-        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2,
-                     "layers": 1},
-    }
-    if custom_text:
-        config["custom_text"] = True
-    put(folder, {f"configs/{name}.json": json.dumps(config)})
-    open_clip.add_model_config(folder / "configs")
-    torch.manual_seed(0)
-    model = open_clip.create_model(name).eval()
-    weights = folder / f"{name}.pt"
-    torch.save(model.state_dict(), weights)
-    return name, weights, model
-
-
-def text_by_hand(name, model, texts):
-    """CLIP's text vectors from the model's own parts, [n, 24]."""
-    import open_clip
-    import torch
-    tokens = open_clip.get_tokenizer(name)(texts)                       # [n, 77]
-    x = model.token_embedding(tokens) + model.positional_embedding      # [n, 77, 32]
-    x = model.ln_final(model.transformer(x, attn_mask=model.attn_mask))
-    end = tokens.argmax(1)                                              # of the text, [EOS]
-    return x[torch.arange(len(texts)), end] @ model.text_projection
-
-
-def images_by_hand(model, paths):
-    """CLIP's image vectors of these files, [n, 24]."""
-    import open_clip
-    import torch
-    transform = open_clip.image_transform(
-        32, is_train=False, mean=model.visual.image_mean, std=model.visual.image_std)
-    pictures = [transform(Image.open(path)) for path in paths]
-    return model.encode_image(torch.stack(pictures))
-
-
-def test_clip_features_are_the_towers_projections(tmp_path):
-    """Against the model's own parts; a cache that was broken off is gone on with."""
-    name, weights, model = tiny_clip(tmp_path)
-    import torch
-    texts = ["a red lamp", "", "word " * 200, "blue"]
-    pictures = ["red.png", "", "blue.png", "green.png"]
-    folder = put(tmp_path / "shop", {
-        "items.csv": csv_text("item,text,image", zip(range(4), texts, pictures)),
-        "interactions.csv": csv_text("user,item", [("u", n) for n in range(4)]),
-    })
-    for colour in ("red", "blue", "green"):
-        put(folder, {f"{colour}.png": png(size=(50, 40), colour=colour)})
-    shop, clip = data.load(str(folder)), (name, str(weights))
-    made = data.features(shop, "TV", "clip", tmp_path, clip)
-    assert made["T"].shape == made["V"].shape == (4, 24)
-    present = [0, 2, 3]
-    with torch.no_grad():
-        text = text_by_hand(name, model, [texts[n] for n in present])
-        image = images_by_hand(model, [folder / pictures[n] for n in present])
-    for modality, truth in (("T", text), ("V", image)):
-        np.testing.assert_allclose(made[modality][present], truth, rtol=1e-2, atol=2e-3)
-        assert np.isnan(made[modality][1]).all()
-    path, = tmp_path.glob("features/*-text-clip-*.npy")
-    # The last row is lost, 48 bytes, and two bytes of the one before.
-    os.truncate(path, path.stat().st_size - 50)
-    path.rename(path.with_suffix(".part"))
-    again = data.features(shop, "T", "clip", tmp_path, clip)
-    np.testing.assert_allclose(again["T"], made["T"], atol=1e-3)
-    # Other weights, other cache.
-    os.utime(weights, (1, 1))
-    data.features(shop, "T", "clip", tmp_path, clip)
-    assert len(list(tmp_path.glob("features/*-text-clip-*.npy"))) == 2
-
-
-def test_clip_model_with_its_own_text_tower(tmp_path):
-    """open_clip keeps a custom text tower's projection elsewhere (SigLIP and others)."""
-    name, weights, model = tiny_clip(tmp_path, custom_text=True)
-    encoder = encode.ClipEncoder(name, str(weights))
-    assert encoder.text_width == 24
-    assert encoder.text(["a"]).shape == (1, 24)
-
-
-def raises(error):
-    """A function that takes anything and raises this error."""
-    def function(*args, **kwargs):
-        raise error
-    return function
-
-
-@pytest.mark.parametrize("weights", ["no-such-tag", "nowhere.pt", "empty.pt", "text.pt", None])
-def test_clip_weights_that_cannot_be_had(tmp_path, capsys, monkeypatch, weights):
-    """One line with both remedies, whatever open_clip raises.
-
-    None: an error without a message.
-    """
-    pytest.importorskip("open_clip")
-    monkeypatch.chdir(put(tmp_path, {"empty.pt": b"", "text.pt": "no weights"}))
-    if weights is None:
-        monkeypatch.setattr("open_clip.create_model_and_transforms", raises(TimeoutError()))
-    put(tmp_path / "shop", GOOD)
-    argv = ("--data", "shop", "--data-dir", "cache", "--encoder", "clip",
-            "--clip-weights", weights or "openai")
-    assert call(mmcpr.main, *argv) == 2
-    message = only_error(capsys)
-    assert "--clip-weights FILE" in message
-    assert "--encoder tiny" in message
-    assert "connect" in message
-
-
-def test_clip_tokenizer_that_cannot_be_had(tmp_path, capsys, monkeypatch):
-    """Some models' tokenizer is a download of its own (SigLIP): the same line."""
-    name, weights, _ = tiny_clip(tmp_path)
-    monkeypatch.setattr("open_clip.get_tokenizer", raises(OSError("no connection")))
-    argv = ("--encoder", "clip", "--clip-model", name, "--clip-weights", weights)
-    assert prepare(put(tmp_path / "shop", GOOD), *argv) == 2
-    assert "--encoder tiny" in only_error(capsys)
-
-
-def test_clip_without_weights_is_refused(tmp_path, capsys):
-    """open_clip would give random towers and say so only in its log."""
-    name, _, _ = tiny_clip(tmp_path)
-    argv = ("--encoder", "clip", "--clip-model", name, "--clip-weights", "")
-    assert prepare(put(tmp_path / "shop", GOOD), *argv) == 2
-    assert "--clip-weights FILE" in only_error(capsys)
 
 
 # --- The documents ------------------------------------------------------------------------

@@ -7,6 +7,7 @@
 Then: python finetune.py --init emb.npz
 
     random      Xavier tables, nothing is learned        users and items
+    constant    every item the same random unit vector   items
     clip        text and image vectors, PCA              items
     mmgcn       MMGCN                                    users and items
     gptgnn      GPT-GNN                                  items
@@ -30,6 +31,8 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+import run  # before the libraries: from here on Ctrl-C ends in one line
+
 import numpy as np
 import scipy.sparse as sp
 import torch
@@ -42,9 +45,8 @@ import finetune
 import metrics
 import mmcpr
 import ops
-import run
 
-METHODS = ("random", "clip", "mmgcn", "gptgnn", "graphbert", "pmgt", "gcnp")
+METHODS = ("random", "constant", "clip", "mmgcn", "gptgnn", "graphbert", "pmgt", "gcnp")
 N_HEADS = {"gptgnn": 4, "graphbert": 2, "pmgt": 2}  # of attention, where a method has it
 
 
@@ -86,6 +88,7 @@ def item_graph(train, cap, block=4096):
     Rt = train.T.tocsr()
     degree = np.asarray(train.sum(0)).ravel()
     rows, cols, weights = [], [], []
+    # A block of rows at a time: all pairs of items would not fit into memory.
     for start in range(0, n_items, block):
         n_shared = (Rt[start:start + block] @ train).tocoo()
         # An item shares all its users with itself: no self-loops.
@@ -98,7 +101,7 @@ def item_graph(train, cap, block=4096):
         order = np.lexsort((b, -w, a))
         n_edges = np.bincount(a, minlength=n_items)
         begin = np.cumsum(n_edges) - n_edges
-        place = np.arange(len(a)) - np.repeat(begin, n_edges)
+        place = np.arange(len(a), dtype=np.int64) - np.repeat(begin, n_edges)
         order = order[place < cap]
         rows.append(a[order])
         cols.append(b[order])
@@ -126,9 +129,11 @@ def draw_columns(matrix, rows):
     """
     begin = torch.from_numpy(matrix.indptr[rows.numpy()]).long()
     end = torch.from_numpy(matrix.indptr[1:][rows.numpy()]).long()
+    # A row's columns are one stretch of matrix.indices; the position is drawn from it.
     position = begin + (torch.rand(len(rows)) * (end - begin)).long()
     has_any = end > begin
     columns = torch.zeros(len(rows), dtype=torch.int64)
+    # An empty row's position is the next row's: it must not be read.
     columns[has_any] = torch.from_numpy(matrix.indices[position[has_any].numpy()]).long()
     return columns, has_any
 
@@ -151,6 +156,16 @@ def random(train, dim):
     return finetune.initial_tables(None, train, dim)
 
 
+def constant(train, dim):
+    """One random unit vector for every item, [n_items, dim]: a control that knows nothing.
+
+    What a pre-trained table has and a random one lacks is a common direction, along which
+    fine-tuning can say how popular an item is. This start has that and nothing else.
+    """
+    vector = F.normalize(torch.randn(dim), dim=0)
+    return vector.repeat(train.shape[1], 1)
+
+
 def clip(views, same_space, dim):
     """Item vectors without any learning, float32 [n_items, dim]; views: of text and image.
 
@@ -166,8 +181,9 @@ def clip(views, same_space, dim):
     has_any = n_views > 0
     center = x[has_any[:, 0]].mean(0)
     x = torch.where(has_any, x - center, 0)
-    # eigh returns the eigenvalues in ascending order.
+    # The principal axes, in float64: squares of float32 lose half of the digits.
     eigenvalues, vectors = torch.linalg.eigh(x.double().T @ x.double())
+    # eigh returns the eigenvalues in ascending order; the largest are wanted.
     components = vectors.flip(1)[:, :dim].float()
     x = x @ components
     return F.pad(x, (0, dim - x.shape[1]))
@@ -199,6 +215,7 @@ class MMGCN(nn.Module):
         self.train_users = torch.from_numpy(pairs.row).long()
         self.train_items = torch.from_numpy(pairs.col).long()
         self.sample_negatives = ops.NegativeSampler(train)
+        # Users, then items, joined by the training interactions.
         A = sp.block_array([[None, train], [train.T, None]], format="csr")
         degree = np.maximum(np.asarray(A.sum(1)), 1).astype(np.float32)
         self.A = ops.sparse_tensor(A)
@@ -210,6 +227,7 @@ class MMGCN(nn.Module):
         for modality, view in views.items():
             d = min(width, view.shape[1])
             self.mlp[modality] = nn.Linear(view.shape[1], d)
+            # Users have no features: a trained row stands for them, one per modality.
             preference = nn.init.xavier_uniform_(torch.empty(n_users, d))
             self.preference[modality] = nn.Parameter(preference)
             self.layers[modality] = nn.ModuleList()
@@ -230,6 +248,7 @@ class MMGCN(nn.Module):
         """(user [n_users, dim], item [n_items, dim])."""
         total = 0
         for modality, view in self.views.items():
+            # Without the modality the row stays 0, whatever the bias of the linear layer.
             item = self.mlp[modality](view) * has_view(view)
             x = F.normalize(torch.cat([self.preference[modality], item]))      # [n, d]
             for W1, W2, W3 in self.layers[modality]:
@@ -245,10 +264,12 @@ class MMGCN(nn.Module):
     def loss(self, rows):
         """BPR and the penalty of the batch; rows int64 [b], of the training interactions."""
         users, pos_items = self.train_users[rows], self.train_items[rows]
+        # One forward pass over the whole graph for every batch.
         neg_items = self.sample_negatives(users, 1)[:, 0]
         user, item = self()
         gap = (user[users] * (item[neg_items] - item[pos_items])).sum(1)
         bpr = F.softplus(gap).mean()
+        # The penalty is on the trained tables, not on what they become.
         id_user = self.id[users].square()
         id_item = self.id[self.n_users + pos_items].square()
         id_size = (id_user + id_item).mean()
@@ -289,6 +310,7 @@ class HGTLayer(nn.Module):
     def forward(self, h, sender, receiver):
         """h [n, d]; edge e carries a message from node sender[e] to node receiver[e]."""
         q = self.split_heads(self.q(h))                                        # [n, H, d/H]
+        # A and M are one matrix per head: with more types of edges, one per type.
         k = torch.einsum("nhd,hde->nhe", self.split_heads(self.k(h)), self.A)
         v = torch.einsum("nhd,hde->nhe", self.split_heads(self.v(h)), self.M)
         score = (q[receiver] * k[sender]).sum(2) * self.p / q.shape[2] ** 0.5  # [e, H]
@@ -302,6 +324,7 @@ class HGTLayer(nn.Module):
         attention = weight / total[receiver]                                   # [e, H]
         message = attention[:, :, None] * v[sender]                            # [e, H, d/H]
         o = torch.zeros_like(q).index_add(0, receiver, message).flatten(1)     # [n, d]
+        # A gate, trained, between what was received and what the node was. It replaces self-loops.
         s = torch.sigmoid(self.skip)
         return s * self.out(F.gelu(o)) + (1 - s) * h
 
@@ -333,6 +356,7 @@ class GPTGNN(ItemMethod):
         self.x, self.fan, self.queue_size, self.epoch = x, fan, queue_size, 0
         self.project = nn.Linear(x.shape[1], dim)
         self.drop = nn.Dropout(dropout)
+        # What stands for the attributes that a copy must generate; it starts at their mean.
         self.copy_input = nn.Parameter(x.mean(0))
         self.layers = nn.ModuleList()
         for _ in range(n_layers):
@@ -358,6 +382,7 @@ class GPTGNN(ItemMethod):
         for _ in range(self.fan):
             columns, has_any = draw_columns(self.graph, targets)
             drawn.append(columns[has_any])
+        # A target that another one drew is in the step already.
         others = np.setdiff1d(torch.cat(drawn).numpy(), targets.numpy())
         nodes = torch.cat([targets, torch.from_numpy(others)])
         sender, receiver = edge_list(self.graph[nodes.numpy()][:, nodes.numpy()])
@@ -365,6 +390,8 @@ class GPTGNN(ItemMethod):
 
     def hold_out(self, sender, receiver, n_nodes, n_targets):
         """bool [e]: half of the undirected edges at targets, each in both directions."""
+        # An edge stands in the list twice, once in each direction. Both get the same number,
+        # and so the same draw.
         low = torch.minimum(sender, receiver)
         high = torch.maximum(sender, receiver)
         _, edge = torch.unique(low * n_nodes + high, return_inverse=True)
@@ -384,7 +411,8 @@ class GPTGNN(ItemMethod):
         s, r = torch.cat([s, s[to_copy]]), torch.cat([r, r[to_copy] + n])
         h = self.encode(x, s, r)
         l_attr = self.attribute_loss(h[n:], targets)
-        # A held-out edge counts once for each of its ends that is a target.
+        # The edges to predict: a held-out edge counts once for each of its ends that is a
+        # target.
         to_target = receiver < b
         n_positives = int((is_held_out & to_target).sum())
         if n_positives <= 8:
@@ -409,12 +437,14 @@ class GPTGNN(ItemMethod):
         is_near[receiver, sender] = True
         is_near[torch.arange(b), torch.arange(b)] = True
         negative = q @ k[drawn].T / 0.1
+        # exp(-inf) = 0: a neighbour is not in the sum below.
         negative = negative.masked_fill(is_near[:, drawn], -torch.inf)         # [b, 255]
         queue = self.queue[:int(self.queue_size * min(1, self.epoch / 20))]
         negative = torch.cat([negative, q @ queue.T / 0.1], 1)
         rest = negative.logsumexp(1)                                           # [b]
         s, r = sender[is_held_out], receiver[is_held_out]
         score = (q[r] * k[s]).sum(1) / 0.1
+        # The newest in front; the oldest fall out.
         self.queue = torch.cat([k[drawn].detach(), self.queue])[:self.queue_size]
         return (torch.logaddexp(score, rest[r]) - score).mean()
 
@@ -481,6 +511,7 @@ class GraphBERT(ItemMethod):
         R = train.T.tocsr()
         graph = ops.CoInteractionGraph(R)
         self.context, S = intimacy(graph, k)                                   # [n, k] each
+        # The largest stands in front, so a row's largest becomes 1.
         self.closeness = S / S[:, :1].clamp(min=1e-12)
         itself = torch.arange(len(x))[:, None]
         self.tokens = torch.cat([itself, self.context], 1)                     # [n, k+1]
@@ -501,6 +532,7 @@ class GraphBERT(ItemMethod):
         hops = torch.zeros_like(self.tokens)
         for place in range(1, self.tokens.shape[1]):
             other = self.tokens[:, place]
+            # Items that share a user are neighbours; who is not one is farther than one hop.
             n_shared = np.asarray(R.multiply(R[other.numpy()]).sum(1)).ravel()
             hops[:, place] = torch.from_numpy(np.where(n_shared > 0, 1, 2))
         hops[self.tokens == self.tokens[:, :1]] = 0
@@ -525,8 +557,10 @@ class GraphBERT(ItemMethod):
         z, z_near, z_far = self.encode(torch.cat([rows, near, far])).chunk(3)
         error = (self.attribute(z) - self.x[rows]).square() * self.mask[rows]
         attributes = error.sum(1).mean()
+        # Features that the item does not have count for nothing, by the mask.
         # An item that reaches fewer than k others has no pair in the other places.
         is_pair = near != rows
+        # Near pairs should be as similar as they are intimate, random ones not at all.
         gap = F.cosine_similarity(z, z_near) - self.closeness[rows, place]
         structure_near = gap.square()[is_pair].sum() / is_pair.sum().clamp(min=1)
         structure_far = F.cosine_similarity(z, z_far).square().mean()
@@ -570,12 +604,14 @@ def mcn_sampling(graph, rng, sizes=(10, 5, 2), k=10):
     graph: weighted CSR [n, n].
     """
     n = graph.shape[0]
-    reached = np.arange(n)[:, None]                                            # [n, drawn]
+    # Hop 0 is the item itself.
+    reached = np.arange(n, dtype=np.int64)[:, None]                                # [n, drawn]
     keys, points = [], []
     for hop, size in enumerate(sizes):
         nodes = reached.repeat(size)  # all of an item's draws side by side
         reached = walk(graph, nodes, rng).reshape(n, -1)
-        keys.append((np.arange(n)[:, None] * n + reached).ravel())
+        # A pair as one number, item * n + node, so that equal pairs can be counted.
+        keys.append((np.arange(n, dtype=np.int64)[:, None] * n + reached).ravel())
         points.append(np.full(reached.size, len(sizes) - hop))
     # The score of each pair (item, node), added up over the draws.
     key, inverse = np.unique(np.concatenate(keys), return_inverse=True)
@@ -589,7 +625,7 @@ def mcn_sampling(graph, rng, sizes=(10, 5, 2), k=10):
     length = np.bincount(item, minlength=n)
     begin = np.cumsum(length) - length
     # A list that is short starts again from its front.
-    context = np.arange(n)[:, None].repeat(k, 1)
+    context = np.arange(n, dtype=np.int64)[:, None].repeat(k, 1)
     has_any = np.flatnonzero(length)
     place = np.arange(k) % length[has_any][:, None]
     context[has_any] = node[begin[has_any][:, None] + place]
@@ -623,6 +659,8 @@ class DiverseLayer(nn.Module):
         q = self.split_heads(self.q(h))
         k = self.split_heads(self.k(h))
         e = F.normalize(self.split_heads(self.e(h)), dim=3)
+        # Standard attention, and the opposite, which is large where tokens differ. From itself a
+        # token differs by 0; adding I makes that 1.
         alike = q @ k.transpose(2, 3) / q.shape[3] ** 0.5
         unlike = 1 - e @ e.transpose(2, 3) + torch.eye(h.shape[1])
         return (1 - self.beta) * alike.softmax(3) + self.beta * unlike.softmax(3)
@@ -655,6 +693,7 @@ class PMGT(ItemMethod):
         self.graph = undirected(item_graph(train, cap))
         self.R = train.T.tocsr()
         self.k, self.masked_share = k, masked_share
+        # numpy draws the contexts; its seed is the one that torch was given.
         self.rng = np.random.default_rng(torch.initial_seed())
         self.views = list(views.values())
         self.present = torch.cat([has_view(view) for view in self.views], 1)   # [n, M]
@@ -711,8 +750,10 @@ class PMGT(ItemMethod):
         items = self.context_of(rows)
         n_masked = max(1, round(self.masked_share * self.k))
         is_masked = torch.zeros_like(items, dtype=torch.bool)
+        # As many of each context as should be, at random places, but never the item itself.
         is_masked[:, 1:] = torch.rand(len(rows), self.k).argsort(1) < n_masked
         dice = torch.rand(items.shape)
+        # Of ten masked items eight become the mask vector, one another item, one stays.
         strangers = torch.randint(self.n_items, items.shape)
         h = self.fuse(torch.where(is_masked & (dice > 0.9), strangers, items))
         is_vector = is_masked & (dice < 0.8)
@@ -720,6 +761,7 @@ class PMGT(ItemMethod):
         return self.transform(h), items, is_masked
 
     def batches(self):
+        # New contexts for every epoch.
         self.context = mcn_sampling(self.graph, self.rng, k=self.k)
         return super().batches()
 
@@ -731,6 +773,7 @@ class PMGT(ItemMethod):
         near, has_near = draw_columns(self.graph, rows)
         far = torch.randint(self.n_items, (len(rows),))
         n_shared = self.R[rows.numpy()].multiply(self.R[far.numpy()]).sum(1)
+        # A random item that happens to be a neighbour, or the item itself, is no negative.
         is_linked = torch.from_numpy(np.asarray(n_shared).ravel() > 0) | (far == rows)
         h, _ = self.encode(torch.cat([rows, near, far]))
         z, z_near, z_far = self.pool(h[:, 0]).chunk(3)
@@ -768,9 +811,11 @@ def nearest_neighbours(x, k, chunk=1024):
     rows, cols, values = [], [], []
     for start in range(0, n, chunk):
         s = x[start:start + chunk] @ x.T                                       # [c, n]
+        # An item is not its own neighbour.
         s.diagonal(start).fill_(-1)
         value, col = s.topk(min(k, n - 1))
         row = torch.arange(start, start + len(s))[:, None].expand_as(col)
+        # A negative cosine is no similarity.
         is_kept = value > 0
         rows.append(row[is_kept])
         cols.append(col[is_kept])
@@ -824,6 +869,7 @@ class GCNP(nn.Module):
         super().__init__()
         self.train_matrix, self.batch = train, batch
         self.sample_negatives = ops.NegativeSampler(train)
+        # A user without training interactions has no positive to draw.
         self.active_users = torch.from_numpy(np.flatnonzero(np.diff(train.indptr)))
         self.graphs = []
         self.tables = nn.ParameterList()
@@ -835,6 +881,7 @@ class GCNP(nn.Module):
                 self.graphs.append(ops.CoInteractionGraph(R))
             else:
                 self.graphs.append(NeighbourGraph(nearest_neighbours(x, k)))
+            # Small numbers of either sign.
             uniform = 2 * torch.rand(R.shape[0], dim) - 1
             self.tables.append(nn.Parameter(uniform * 0.1 / dim ** 0.5))
             self.layers.append(nn.ModuleList())
@@ -855,6 +902,7 @@ class GCNP(nn.Module):
         pos_items, _ = draw_columns(self.train_matrix, users)
         neg_items = self.sample_negatives(users, 1)[:, 0]
         user, item = self.embed()
+        # -log sigmoid(s) = softplus(-s), -log(1 - sigmoid(s)) = softplus(s).
         pos_scores = self.scores(user, item, users, pos_items)
         neg_scores = self.scores(user, item, users, neg_items)
         return (F.softplus(-pos_scores) + F.softplus(neg_scores)).mean()
@@ -920,6 +968,7 @@ def pretrain(args, parts, features, lr):
 
     Patience counts from the epoch of the best. Without validation the last epoch is taken.
     """
+    # Each learning rate starts from the same draws.
     torch.manual_seed(args.seed)
     started = time.time()
     model = build_model(args, parts.train, features)
@@ -931,6 +980,7 @@ def pretrain(args, parts, features, lr):
         if not np.isfinite(losses).all():
             raise run.InputError(f"the loss is not finite at epoch {epoch}; "
                                  f"lower --lr (now {lr:g})")
+        # Ranking takes time: not after each epoch, but always after the last.
         if epoch % args.eval_every and epoch < args.epochs:
             continue
         user, item = embed(model)
@@ -943,6 +993,7 @@ def pretrain(args, parts, features, lr):
         if epoch - best["epoch"] >= args.patience:
             break
     bar.close()
+    # The last step may have been too large, with a loss that was still finite before it.
     if not (is_finite(best_user) and is_finite(best_item)):
         raise run.InputError(f"the tables are not finite at epoch {best['epoch']}; "
                              f"lower --lr (now {lr:g})")
@@ -983,13 +1034,13 @@ def is_clip_space(args, dataset):
     """Whether texts and images are vectors of one space, CLIP's."""
     if args.encoder == "auto":
         has_ready_features = "T" in dataset.ready or "V" in dataset.ready
-        return not has_ready_features and dataset.name != "demo"
+        return not has_ready_features and dataset.encoder == "clip"
     return args.encoder == "clip"
 
 
 def needed_modalities(args):
     """The letters of the features that the method reads."""
-    if args.method == "random":
+    if args.method in ("random", "constant"):
         return ""
     if args.method == "gcnp":
         return args.modalities + "R"
@@ -1000,24 +1051,28 @@ def open_features(args):
     """(dataset, parts, data options, features) of a command line; reviews are pooled per user."""
     modalities = needed_modalities(args)
     dataset, parts, data_options = data.open_data(args, modalities=modalities)
+    run.check_outputs([args.out], folder=dataset.folder)
     clip_options = (args.clip_model, args.clip_weights)
     features = data.features(dataset, modalities, args.encoder, Path(data_options["data_dir"]),
                              clip_options)
+    # Of training interactions alone, as MMCPR reads them (Eq. 4).
     if "R" in features:
         features["R"] = mmcpr.pool_reviews(features["R"], dataset.users, dataset.n_users,
                                            parts.in_train)
     has_item_features = "T" in features or "V" in features
-    if not has_item_features and args.method not in ("random", "gcnp"):
+    if not has_item_features and args.method not in ("random", "constant", "gcnp"):
         raise run.InputError(f"this data has neither texts nor images: nothing for --method "
                              f"{args.method}; random, gcnp and mmcpr.py can use it")
     return dataset, parts, data_options, features
 
 
 def untrained(args, parts, features, same_space):
-    """The Trial of random or clip, which learn nothing."""
+    """The Trial of random, constant or clip, which learn nothing."""
     torch.manual_seed(args.seed)
     if args.method == "random":
         user, item = random(parts.train, args.dim)
+    elif args.method == "constant":
+        user, item = None, constant(parts.train, args.dim)
     else:
         views = unit_rows(features, "TV")
         user, item = None, clip(list(views.values()), same_space, args.dim)
@@ -1035,6 +1090,7 @@ def rms(table):
 
 def best_report(trials):
     """The report of the best trial, with what the others found."""
+    # Without validation there is one trial.
     best = max(trials, key=validation_recall)
     size = {"item": rms(best.item)}
     if best.user is not None:
@@ -1113,7 +1169,7 @@ def check_arguments(args):
     if args.dim % n_heads:
         raise run.InputError(f"--dim {args.dim}: {args.method} has {n_heads} attention heads; "
                              "choose a multiple of that")
-    run.check_outputs(args.out)
+    run.check_outputs([args.out])
 
 
 def main(argv=None):
@@ -1129,7 +1185,7 @@ def main(argv=None):
     def save(trials):
         save_best(args.out, trials, dataset, parts, meta)
 
-    if args.method in ("random", "clip"):
+    if args.method in ("random", "constant", "clip"):
         trials = [untrained(args, parts, features, same_space)]
         save(trials)
     else:

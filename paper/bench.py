@@ -3,11 +3,17 @@
     python -m paper.bench                              demo, and generated graphs, vg and tg
     python -m paper.bench --data vg path/to/folder     one of them, and your own interactions
     python -m paper.bench --device cuda                the same on a GPU
+    python -m paper.bench --device cuda --epochs       whole epochs of the fast paths alone
     python -m paper.bench --data vg --write folder     writes the generated set as a data set
 
 Here vg and tg name graphs drawn at random with the paper's counts, degrees as long-tailed as the
 real ones': nothing is downloaded. The table is Markdown. Memory is what building adds to a
 process at its peak, and what a process that pre-trains holds in all; on a GPU the host's.
+
+--epochs measures epochs and evaluations as the scripts run them, each beside its floor: the time
+in which this machine, at the speed of a large copy and of a large float32 product, moves the bytes
+that must be moved and does the operations that must be done (finetuning_floor, pretraining_floor).
+Memory is then the GPU's own, by torch.cuda.max_memory_allocated.
 
 The plain definitions are those of ops.py and metrics.py, and two training steps made of them:
 mixgcf_loss_plain and objective_plain.
@@ -22,6 +28,8 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+import run  # before the libraries: from here on Ctrl-C ends in one line
+
 import numpy as np
 import scipy.sparse as sp
 import torch
@@ -31,7 +39,6 @@ import finetune
 import metrics
 import mmcpr
 import ops
-import run
 
 SIZES = {  # users, items, interactions (Table 1)
     "vg": (55_217, 17_389, 472_586),
@@ -144,6 +151,7 @@ def split_generated(name):
         ones = np.ones(part.sum(), np.float32)
         pairs = (graph.users[part], graph.items[part])
         matrix = sp.csr_matrix((ones, pairs), SIZES[name][:2])
+        # As the scripts have them: sorted, of float32.
         matrix.sort_indices()
         matrices.append(matrix)
     train, test = matrices
@@ -152,33 +160,36 @@ def split_generated(name):
 
 # --- The plain training steps -------------------------------------------------------------
 
-def mixgcf_loss_plain(E0, P, n_layers, users, pos_items, candidates, alpha, l2=1e-4):
+def mixgcf_loss_plain(E0, A_hat, n_layers, users, pos_items, candidates, mix,
+                      penalty_weight=1e-4):
     """MixGCF as published: every candidate of every layer is gathered and mixed, by autograd.
 
-    E0 [n, d]; P: the normalised adjacency, sparse COO [n, n]; users, pos_items [B] and
-    candidates [B, M] are rows of E0; alpha [L+1, B]. As finetune.mixgcf_loss.
+    E0 [n, d]; A_hat: ops.normalised_adjacency as a COO tensor [n, n]; users, pos_items [B] and
+    candidates [B, M] are rows of E0; mix [L+1, B]. As finetune.mixgcf_loss.
     """
     B, M = candidates.shape
     rows = torch.cat([users, pos_items, candidates.flatten()])
     rows = rows.expand(n_layers + 1, -1)
-    e = ops.layer_rows_plain(E0, P, n_layers, rows)                        # [L+1, (2 + M) B, d]
+    e = ops.layer_rows_plain(E0, A_hat, n_layers, rows)                    # [L+1, (2 + M) B, d]
+    # All 2 + M rows of a sample, of every layer.
     e_user, e_pos, e_candidates = e.split([B, B, B * M], 1)
     e_candidates = e_candidates.unflatten(1, (B, M))                       # [L+1, B, M, d]
-    alpha = alpha[:, :, None, None]
-    mixed = alpha * e_pos[:, :, None] + (1 - alpha) * e_candidates         # [L+1, B, M, d]
+    mix = mix[:, :, None, None]
+    mixed = mix * e_pos[:, :, None] + (1 - mix) * e_candidates             # [L+1, B, M, d]
     query = e_user.mean(0)                                                 # [B, d]
     best = (query[:, None] * mixed).sum(3).argmax(2)                       # [L+1, B]
+    # gather wants an index for every number that it takes.
     best = best[:, :, None, None].expand(-1, -1, 1, mixed.shape[3])
     e_neg = mixed.gather(2, best)[:, :, 0]                                 # [L+1, B, d]
-    return finetune.bpr_loss(e_user, e_pos, e_neg, l2)
+    return finetune.bpr_loss(e_user, e_pos, e_neg, penalty_weight)
 
 
 def objective_plain(model, R, users, cima_items, positives_per_block, lam=0.2):
     """Eq. 16 with the whole [B, n_items] blocks of scores and of R in memory, by autograd."""
-    every_item = torch.arange(model.n_items, device=users.device)
-    item, _, projected = model.items(every_item)
-    user, _, _ = model.users(users)
-    l2 = ops.bce_plain(user, item, model.bias, R[users.cpu().numpy()]) / positives_per_block
+    item, _, projected = model.item_tower(mmcpr.ALL)
+    user, _, _ = model.user_tower(users)
+    rows, cols = ops.row_entries(R, users)
+    l2 = ops.bce_plain(user, item, model.bias, rows, cols) / positives_per_block
     l1 = mmcpr.cima(projected[cima_items, 0], projected[cima_items, 1])
     return lam * l1 * len(cima_items) / positives_per_block + (1 - lam) * l2
 
@@ -187,6 +198,7 @@ def objective_plain(model, R, users, cima_items, positives_per_block, lam=0.2):
 
 def seconds(call, device):
     """Seconds of one call, the GPU's queue included."""
+    # A GPU's work is only queued by the call: wait until its queue is empty.
     if device == "cuda":
         torch.cuda.synchronize()
     started = time.perf_counter()
@@ -199,6 +211,7 @@ def seconds(call, device):
 def in_turn(calls, repeats, device):
     """Medians of the seconds of several calls, made in turn: the machine's moods hit all alike."""
     times = {call: [] for call in calls}
+    # Not one after the other: if the machine slows down, it slows down for all.
     for _ in range(repeats + 1):
         for call in calls:
             times[call].append(seconds(call, device))
@@ -277,6 +290,7 @@ def compare(name, what, plain, fast, note=""):
 def build_graph(path, is_plain):
     """(seconds, GiB added at the peak) of building a graph, written out or as R and E."""
     R = sp.load_npz(path)
+    # What Python, numpy and torch hold already.
     before = peak_memory()
 
     def build():
@@ -351,73 +365,97 @@ def coo_tensor(matrix, device):
     return torch.sparse_coo_tensor(index, values, matrix.shape).coalesce().to(device)
 
 
+class FinetuningSteps:
+    """One batch of fine-tuning, as finetune.py draws it, on both paths."""
+
+    def __init__(self, train, device):
+        torch.manual_seed(0)
+        self.train, n_users = train, train.shape[0]
+        user, item = finetune.initial_tables(None, train, DIM)
+        # The fast path trains model.E0, the plain one a copy of it.
+        self.model = finetune.LightGCN(train, user.to(device), item.to(device), N_LAYERS)
+        self.E0 = torch.nn.Parameter(self.model.E0.detach().clone())
+        self.A_hat = coo_tensor(ops.normalised_adjacency(train), device)
+        self.plain_adam = torch.optim.Adam([self.E0], foreach=False, fused=False)
+        self.fast_adam = torch.optim.Adam(self.model.parameters(), fused=True)
+        self.sample_negatives = ops.NegativeSampler(train, device)
+        self.rng = np.random.default_rng(0)
+
+        pairs = train.tocoo()
+        batch = torch.randperm(train.nnz)[:BATCH].numpy()
+        self.users = torch.from_numpy(pairs.row[batch]).long().to(device)      # [B]
+        pos_items = torch.from_numpy(pairs.col[batch]).long().to(device)       # [B]
+        candidates = self.sample_negatives(self.users, N_CANDIDATES)           # [B, M]
+        mix = torch.rand(N_LAYERS + 1, len(batch), device=device)
+        # Rows of E0, where items come after the users.
+        self.batch = (self.users, pos_items + n_users, candidates + n_users, mix)
+
+    def plain_loss(self):
+        return mixgcf_loss_plain(self.E0, self.A_hat, N_LAYERS, *self.batch)
+
+    def fast_loss(self):
+        return finetune.mixgcf_loss(self.model, *self.batch)
+
+    def plain_step(self):
+        self.plain_adam.zero_grad()
+        (self.plain_loss() / len(self.users)).backward()
+        self.plain_adam.step()
+
+    def fast_step(self):
+        self.fast_adam.zero_grad()
+        (self.fast_loss() / len(self.users)).backward()
+        self.fast_adam.step()
+
+    def plain_drawing(self):
+        users = self.users.tolist()
+        ops.sample_negatives_plain(self.train, users, N_CANDIDATES, self.rng)
+
+    def fast_drawing(self):
+        self.sample_negatives(self.users, N_CANDIDATES)
+
+    def check(self, name):
+        """Stops the benchmark where the two losses or their gradients differ."""
+        plain, fast = self.plain_loss(), self.fast_loss()
+        check_same(f"{name}, MixGCF's loss", plain.detach(), fast.detach(), 1e-5)
+        plain_grad, = torch.autograd.grad(plain, self.E0)
+        fast_grad, = torch.autograd.grad(fast, self.model.E0)
+        check_same(f"{name}, MixGCF's gradient", plain_grad, fast_grad, 1e-4)
+
+
 def bench_finetuning(name, train, device, bandwidth):
     """Returns the model of the fast path."""
-    torch.manual_seed(0)
-    user, item = finetune.initial_tables(None, train, DIM)
-    model = finetune.LightGCN(train, user.to(device), item.to(device), N_LAYERS)
-    E0 = torch.nn.Parameter(model.E0.detach().clone())
-    P = coo_tensor(ops.normalised_adjacency(train), device)
+    steps = FinetuningSteps(train, device)
+    steps.check(name)
+    plain_drawing, fast_drawing = in_turn([steps.plain_drawing, steps.fast_drawing], 3, device)
+    plain, fast = in_turn([steps.plain_step, steps.fast_step], 10, device)
+    n_steps = -(-train.nnz // BATCH)
+    compare(name, "drawing negatives, an epoch", plain_drawing * n_steps,
+            fast_drawing * n_steps)
+    compare(name, "fine-tuning, an epoch", (plain_drawing + plain) * n_steps,
+            (fast_drawing + fast) * n_steps, f"{n_steps:,} steps")
 
-    # One batch, as finetune.py draws it.
-    pairs = train.tocoo()
-    batch = torch.randperm(train.nnz)[:BATCH].numpy()
-    users = torch.from_numpy(pairs.row[batch]).long()
-    pos_items = torch.from_numpy(pairs.col[batch]).long()
-    n_users, n = train.shape[0], len(users)
-    sample_negatives = ops.NegativeSampler(train)
-    alpha = torch.rand(N_LAYERS + 1, n, device=device)
-    u = users.to(device)
-    p = pos_items.to(device) + n_users
-    c = sample_negatives(users, N_CANDIDATES).to(device) + n_users
-
-    def plain_loss():
-        return mixgcf_loss_plain(E0, P, N_LAYERS, u, p, c, alpha)
-
-    def fast_loss():
-        return finetune.mixgcf_loss(model, u, p, c, alpha)
-
-    plain, fast = plain_loss(), fast_loss()
-    check_same(f"{name}, MixGCF's loss", plain.detach(), fast.detach(), 1e-5)
-    plain_grad, = torch.autograd.grad(plain, E0)
-    fast_grad, = torch.autograd.grad(fast, model.E0)
-    check_same(f"{name}, MixGCF's gradient", plain_grad, fast_grad, 1e-4)
-
-    plain_adam = torch.optim.Adam([E0], foreach=False, fused=False)
-    fast_adam = torch.optim.Adam(model.parameters(), fused=True)
-    rng = np.random.default_rng(0)
-
-    def plain_step():
-        plain_adam.zero_grad()
-        (plain_loss() / n).backward()
-        plain_adam.step()
-
-    def fast_step():
-        fast_adam.zero_grad()
-        (fast_loss() / n).backward()
-        fast_adam.step()
-
-    def plain_draw():
-        ops.sample_negatives_plain(train, users.tolist(), N_CANDIDATES, rng)
-
-    def fast_draw():
-        sample_negatives(users, N_CANDIDATES)
-
-    steps = -(-train.nnz // BATCH)
-    plain_drawing, fast_drawing = in_turn([plain_draw, fast_draw], 3, device)
-    plain, fast = in_turn([plain_step, fast_step], 10, device)
-    compare(name, "drawing negatives, an epoch", plain_drawing * steps, fast_drawing * steps)
-    compare(name, "fine-tuning, an epoch", (plain_drawing + plain) * steps,
-            (fast_drawing + fast) * steps, f"{steps:,} steps")
-
-    layers = model.layers()
+    model = steps.model
+    layers, (users, _, candidates, _) = model.layers(), steps.batch
 
     def mix_hops():
-        ops.hard_negatives(layers, u, c)
+        ops.hard_negatives(layers, users, candidates)
 
-    parts = in_turn([model.layers, mix_hops, fast_adam.step, fast_step], 10, device)
-    print_step(train, n, fast_drawing, parts, bandwidth)
+    parts = [model.layers, mix_hops, steps.fast_adam.step, steps.fast_step]
+    parts = in_turn(parts, 10, device)
+    print_step(train, len(users), fast_drawing, parts, bandwidth)
     return model
+
+
+def finetuning_traffic(train, batch):
+    """Bytes that a step of fine-tuning must move.
+
+    Six sparse products read the graph (a value and an index for each entry) and a table and write
+    one, Adam moves seven tables, and four layers' rows of the candidates are read.
+    """
+    table = 4 * DIM * sum(train.shape)
+    graph = 8 * 2 * train.nnz
+    candidates = 4 * (N_LAYERS + 1) * batch * N_CANDIDATES * DIM
+    return 6 * (graph + 2 * table) + 7 * table + candidates
 
 
 def print_step(train, batch, drawing, parts, bandwidth):
@@ -425,20 +463,14 @@ def print_step(train, batch, drawing, parts, bandwidth):
     layers, hop_mixing, adam, whole = parts
     rest = whole - layers - hop_mixing - adam
     step = drawing + whole
-    steps = -(-train.nnz // BATCH)
-    # What a step must move, in bytes: six sparse products read the graph (a value and an index
-    # for each entry) and a table and write one, Adam moves seven tables, and four layers' rows
-    # of the candidates are read.
-    table = 4 * DIM * sum(train.shape)
-    graph = 8 * 2 * train.nnz
-    candidates = 4 * (N_LAYERS + 1) * batch * N_CANDIDATES * DIM
-    traffic = 6 * (graph + 2 * table) + 7 * table + candidates
+    n_steps = -(-train.nnz // BATCH)
+    traffic = finetuning_traffic(train, batch)
     floor = traffic / bandwidth
     print(f"  of a step's {step * 1e3:.0f} ms: drawing {drawing * 1e3:.0f}, "
           f"layers {layers * 1e3:.0f}, hop mixing {hop_mixing * 1e3:.0f}, "
           f"Adam {adam * 1e3:.0f}, loss and backward {rest * 1e3:.0f}; "
           f"traffic floor {traffic / 1e6:.0f} MB = {floor * 1e3:.0f} ms, "
-          f"{floor * steps:.1f} s an epoch ({floor / step:.0%} reached)")
+          f"{floor * n_steps:.1f} s an epoch ({floor / step:.0%} reached)")
 
 
 # --- 3. The all-ranking evaluation --------------------------------------------------------
@@ -479,11 +511,13 @@ def pretrain_steps(folder, device, is_plain, n_steps):
     run.keep_freed_memory()
     R = sp.load_npz(folder / "R.npz")
     features = dict(np.load(folder / "features.npz"))
+    # With one seed both paths draw the same numbers.
     torch.manual_seed(0)
     model = mmcpr.MMCPR(R, features, bias="global", device=device)
+    R_tensor = ops.sparse_tensor(R, device)
     if is_plain:
-        model.users.graph = ops.CoInteractionGraph(R, device, storage="A")
-        model.items.graph = ops.CoInteractionGraph(R.T.tocsr(), device, storage="A")
+        model.user_tower.graph = ops.CoInteractionGraph(R, device, storage="A")
+        model.item_tower.graph = ops.CoInteractionGraph(R.T.tocsr(), device, storage="A")
     optimizer = torch.optim.Adam(model.parameters(), fused=True)
     cima_items = model.items_with_pair().to(device)
     n_users = R.shape[0]
@@ -497,9 +531,9 @@ def pretrain_steps(folder, device, is_plain, n_steps):
         drawn = cima_items[torch.randperm(len(cima_items))[:BATCH].to(device)]
         optimizer.zero_grad()
         if is_plain:
-            loss = objective_plain(model, R, users, drawn, positives_per_block)
+            loss = objective_plain(model, R_tensor, users, drawn, positives_per_block)
         else:
-            _, _, loss = mmcpr.objective(model, R, users, drawn, positives_per_block)
+            _, _, loss = mmcpr.objective(model, R_tensor, users, drawn, positives_per_block)
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
@@ -513,6 +547,7 @@ def bench_pretraining(name, train, features, device, n_steps=4):
         folder = Path(folder)
         sp.save_npz(folder / "R.npz", train)
         np.savez(folder / "features.npz", **features)
+        # Each path in a process of its own: one's peak must not hide the other's.
         plain = in_new_process(pretrain_steps, folder, device, True, n_steps)
         fast = in_new_process(pretrain_steps, folder, device, False, n_steps)
     plain_times, plain_losses, plain_peak = plain
@@ -525,6 +560,169 @@ def bench_pretraining(name, train, features, device, n_steps=4):
     fast_epoch = statistics.median(fast_times[1:]) * n_blocks
     compare(name, "pre-training, an epoch", plain_epoch, fast_epoch,
             f"{n_blocks} blocks; peak {plain_peak:.1f} GiB → {fast_peak:.1f} GiB")
+
+
+# --- 5. Whole epochs ----------------------------------------------------------------------
+
+def pretraining_floor(model, train, bandwidth, rate):
+    """Seconds below which no step of pre-training can be, on average over an epoch.
+
+    Operations at the machine's rate: a block's scores with all items and their two gradients,
+    W_m of every item's features and its gradient, CIMA's two N x N products and their four
+    gradients. Bytes at its bandwidth: each graph is read four times (two layers, both ways) with
+    a table, and one written; the items' features are read twice; Adam moves seven times the
+    parameters. What is done once a user of the block is left out.
+    """
+    n_users, n_items = train.shape
+    item_widths = sum(model.item_tower.get_buffer(f"feature_{m}").shape[1] for m in "TV")
+    operations = 3 * 2 * min(BATCH, n_users) * n_items * DIM
+    operations += 2 * 2 * n_items * item_widths * DIM
+    operations += 6 * 2 * min(BATCH, n_items) ** 2 * DIM
+    traffic = 2 * 4 * n_items * item_widths
+    for tower in (model.user_tower, model.item_tower):
+        traffic += 4 * (8 * tower.graph.n_read + 2 * tower.e0.nbytes)
+    traffic += 7 * sum(parameter.nbytes for parameter in model.parameters())
+    return operations / rate + traffic / bandwidth
+
+
+def measure_epoch(name, what, call, n_steps, floor, device, repeats=3):
+    """One row: seconds of a call, each step's, the floor of a step, the GPU's memory."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    epoch, = in_turn([call], repeats, device)
+    step = "" if n_steps == 1 else f"{n_steps:,} steps of {epoch / n_steps * 1e3:.2f} ms"
+    share = f"floor {floor * 1e3:.2f} ms, {floor * n_steps / epoch:.0%} reached" if floor else ""
+    memory = "-"
+    if device == "cuda":
+        memory = f"{torch.cuda.max_memory_allocated() / (1 << 30):.2f} GiB"
+    print_row(name, what, duration(epoch), step, share, memory)
+    return epoch
+
+
+def print_kernels(name, what, call, n_steps):
+    """How many kernels a step launches, how long they take, and which are the slowest."""
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        elapsed = seconds(call, "cuda")
+    kernels = [event for event in profile.events()
+               if event.device_type == torch.autograd.DeviceType.CUDA
+               and not event.is_user_annotation]
+    busy = sum(event.time_range.elapsed_us() for event in kernels) / 1e6
+    print(f"  {name}, {what}: {len(kernels) / n_steps:.0f} kernels a step, "
+          f"{busy / n_steps * 1e3:.2f} ms of them; profiled, a step takes "
+          f"{elapsed / n_steps * 1e3:.2f} ms")
+    print(profile.key_averages().table(sort_by="self_device_time_total", row_limit=12,
+                                       max_name_column_width=60))
+
+
+def bench_finetuning_epoch(name, train, test, device, bandwidth):
+    """Returns (seconds of an epoch, of an evaluation)."""
+    args = finetune.arguments().parse_args([])
+    steps = FinetuningSteps(train, device)
+    model, optimizer = steps.model, steps.fast_adam
+    pairs = train.tocoo()
+    pair_user = torch.from_numpy(pairs.row).to(device).long()
+    pair_item = torch.from_numpy(pairs.col).to(device).long()
+
+    def epoch(n_pairs=train.nnz):
+        finetune.train_epoch(model, optimizer, pair_user[:n_pairs], pair_item[:n_pairs],
+                             steps.sample_negatives, args)
+
+    def ten_steps():
+        epoch(10 * BATCH)
+
+    def evaluation():
+        metrics.evaluate(*model.embed(), train, test, (20,))
+
+    n_steps = -(-train.nnz // BATCH)
+    floor = finetuning_traffic(train, BATCH) / bandwidth
+    trained = measure_epoch(name, "fine-tuning, an epoch", epoch, n_steps, floor, device)
+    evaluated = measure_epoch(name, "an evaluation", evaluation, 1, None, device)
+    if device == "cuda":
+        print_kernels(name, "fine-tuning", ten_steps, 10)
+        bench_kernels(name, steps)
+    return trained, evaluated
+
+
+def bench_pretraining_epoch(name, train, features, device, bandwidth, rate):
+    """Returns the seconds of an epoch."""
+    args = mmcpr.arguments().parse_args([])
+    torch.manual_seed(0)
+    model = mmcpr.MMCPR(train, features, device=device)
+    R = ops.sparse_tensor(train, device)
+    R_of_five = ops.sparse_tensor(train[:5 * BATCH], device)
+    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
+    cima_items = model.items_with_pair().to(device)
+
+    def epoch():
+        mmcpr.train_epoch(model, optimizer, R, cima_items, args)
+
+    def five_steps():
+        mmcpr.train_epoch(model, optimizer, R_of_five, cima_items, args)
+
+    n_steps = -(-train.shape[0] // BATCH)
+    floor = pretraining_floor(model, train, bandwidth, rate)
+    trained = measure_epoch(name, "pre-training, an epoch", epoch, n_steps, floor, device)
+    if device == "cuda":
+        print_kernels(name, "pre-training", five_steps, 5)
+    return trained
+
+
+def bench_kernels(name, steps):
+    """What a GPU could take instead of cuSPARSE's product and of the gathered candidates."""
+    A_hat, x = steps.model.A_hat, steps.model.E0.detach()
+    users, _, candidates, _ = steps.batch
+    query = x[users]
+    row_starts = torch.arange(0, candidates.numel() + 1, candidates.shape[1], device=x.device)
+    row_starts = row_starts.int()
+
+    def by_cusparse():
+        return ops.sparse_product(A_hat, x)
+
+    def by_embedding_bag():
+        return torch.nn.functional.embedding_bag(
+            A_hat.col_indices(), x, A_hat.crow_indices(), mode="sum",
+            per_sample_weights=A_hat.values(), include_last_offset=True)
+
+    def by_segments():
+        rows = x[A_hat.col_indices()] * A_hat.values()[:, None]
+        return torch.segment_reduce(rows, "sum", offsets=A_hat.crow_indices().long())
+
+    def by_gathering():
+        return ops.candidate_scores(query, x, candidates)
+
+    def by_sampled_addmm():
+        places = torch.sparse_csr_tensor(
+            row_starts, candidates.flatten().int(), query.new_zeros(candidates.numel()),
+            (len(query), len(x)), check_invariants=False)
+        return torch.sparse.sampled_addmm(places, query, x.T, beta=0).values().view_as(candidates)
+
+    for kernels in ((by_cusparse, by_embedding_bag, by_segments),
+                    (by_gathering, by_sampled_addmm)):
+        expected = kernels[0]()
+        for kernel in kernels:
+            # One that cannot be run there must not end the benchmark.
+            try:
+                check_same(f"{name}, {kernel.__name__}", expected, kernel(), 1e-4)
+                taken, = in_turn([kernel], 20, "cuda")
+                print(f"  {name}, {kernel.__name__}: {taken * 1e3:.3f} ms")
+            except (RuntimeError, run.InputError) as error:
+                print(f"  {name}, {kernel.__name__}: {str(error).splitlines()[0]}")
+
+
+def bench_epochs(name, device, bandwidth, rate):
+    """Whole epochs and evaluations of one data set, and what 1,000 of them take."""
+    train, test, features = open_set(name)
+    label = Path(name).name
+    print_row("data", "what", "in all", "a step", "its floor", "memory")
+    print_row(*["---"] * 6)
+    pretrained = bench_pretraining_epoch(label, train, features, device, bandwidth, rate)
+    trained, evaluated = bench_finetuning_epoch(label, train, test, device, bandwidth)
+    # Every fifth epoch is validated.
+    print_row(label, "100 epochs of pre-training", duration(100 * pretrained + 20 * evaluated),
+              "with 20 evaluations", "", "")
+    print_row(label, "1,000 epochs of fine-tuning", duration(1000 * trained + 200 * evaluated),
+              "with 200 evaluations", "", "")
 
 
 # --- The command line ---------------------------------------------------------------------
@@ -550,6 +748,8 @@ def arguments():
     parser.add_argument("--data", nargs="+", default=["demo", "vg", "tg"],
                         help="demo, vg, tg (generated), or folders")
     parser.add_argument("--device", type=run.device_name, default="cpu")
+    parser.add_argument("--epochs", action="store_true",
+                        help="time whole epochs of the fast paths alone")
     parser.add_argument("--write", type=Path, metavar="FOLDER",
                         help="write the generated set here and stop")
     return parser
@@ -568,7 +768,10 @@ def main(argv=None):
     print(f"{torch.get_num_threads()} threads, {processor}: copies {bandwidth / 1e9:.0f} GB/s, "
           f"float32 products {rate / 1e9:,.0f} GFLOP/s")
     for name in args.data:
-        bench(name, args.device, bandwidth)
+        if args.epochs:
+            bench_epochs(name, args.device, bandwidth, rate)
+        else:
+            bench(name, args.device, bandwidth)
 
 
 if __name__ == "__main__":

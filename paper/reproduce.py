@@ -28,6 +28,7 @@ import ctypes
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -37,6 +38,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
+import run  # before the libraries: from here on Ctrl-C ends in one line
+
 import numpy as np
 from scipy import stats
 from tqdm import tqdm
@@ -44,12 +47,11 @@ from tqdm import tqdm
 import data
 import finetune
 import mmcpr
-import run
 from paper import baselines
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# What Python is given to run a script, and the script's own parser.
+# What Python is given to run a script, and the module that knows the script's options.
 SCRIPTS = {"mmcpr.py": ["mmcpr.py"], "finetune.py": ["finetune.py"],
            "baselines.py": ["-m", "paper.baselines"]}
 MODULES = {"mmcpr.py": mmcpr, "finetune.py": finetune, "baselines.py": baselines}
@@ -105,7 +107,8 @@ def start(command, folder, jobs):
             os._exit(1)
 
     messages = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
-    # In a session of its own a script does not hear the terminal's Ctrl-C: it is told once, by us.
+    # In a session of its own a script does not hear the terminal's Ctrl-C: it is told once, by
+    # us.
     process = subprocess.Popen(
         command, cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=messages,
         start_new_session=True,
@@ -114,13 +117,20 @@ def start(command, folder, jobs):
 
 
 def error_of(script):
-    """None where a script that has ended did well, else the last line of what it said."""
+    """None where a script that has ended did well, else what it said."""
     script.messages.seek(0)
     lines = script.messages.read().strip().splitlines()
     script.messages.close()
-    if script.process.returncode == 0:
+    code = script.process.returncode
+    if code == 0:
         return None
-    return lines[-1] if lines else f"ended with {script.process.returncode}, without a message"
+    for line in reversed(lines):
+        # The scripts' own line, or that of a traceback.
+        if re.match(r"error: |\w+Error: ", line):
+            return line.removeprefix("error: ")
+    if code < 0 or not lines:
+        return f"ended with {code}, without a message"
+    return lines[-1]
 
 
 @contextlib.contextmanager
@@ -131,6 +141,7 @@ def noted_signals():
     def note(number, frame):
         noted.append(number)
 
+    # A signal's own doing would be an exception, in the middle of whatever is going on.
     for number in (signal.SIGINT, signal.SIGTERM):
         handlers[number] = signal.signal(number, note)
     try:
@@ -155,21 +166,26 @@ def run_side_by_side(commands, jobs, keep, title, folder):
         bar = tqdm(total=len(commands), desc=title, unit="run", disable=not commands)
         try:
             while running or (waiting and failure is None):
+                # As many as may run side by side, in order.
                 while waiting and len(running) < jobs and failure is None:
                     key, command = waiting.pop(0)
                     running[key] = start(command, folder, jobs)
+                # Scripts run for seconds to hours: looking twenty times a second costs nothing.
                 time.sleep(0.05)
+                # A second signal is passed on too: the scripts then stop without saving.
                 if signals:
                     signals.clear()
                     failure = KeyboardInterrupt()
                     for script in running.values():
                         script.process.terminate()
+                # What has ended is kept before anything else is started, also after a signal.
                 for key in list(running):
                     if running[key].process.poll() is None:
                         continue
                     try:
                         keep(key, error_of(running.pop(key)))
                     except (run.InputError, OSError) as error:
+                        # The failure that came first is the one to tell.
                         failure = failure or error
                     bar.update()
         finally:
@@ -177,6 +193,7 @@ def run_side_by_side(commands, jobs, keep, title, folder):
             for script in running.values():
                 script.process.terminate()
             bar.close()
+    # Only now, when nothing is running any more.
     if failure is not None:
         raise failure
 
@@ -188,16 +205,6 @@ class Cell(NamedTuple):
     pretraining: tuple | None  # of mmcpr.py or baselines.py and its flags; None: a random start
     finetuning: tuple          # flags of finetune.py
     seed: int
-
-
-def all_options(script, *flags):
-    """All options of a command, defaults too, but for what names data and device."""
-    parsed = vars(MODULES[script].arguments().parse_args(flags))
-    options = {}
-    for name, value in parsed.items():
-        if not name.startswith(("data", "device")):
-            options[name] = value
-    return [script, options]
 
 
 def name_of(parts):
@@ -218,18 +225,28 @@ class Cells:
         self.tables_folder = self.folder / "tables"
         self.cells_folder.mkdir(parents=True, exist_ok=True)
         self.tables_folder.mkdir(parents=True, exist_ok=True)
+        self.parsers = {script: module.arguments() for script, module in MODULES.items()}
         self.used = {}  # what the present target has asked for
+
+    def all_options(self, script, *flags):
+        """All options of a command, defaults too, but for what names data and device."""
+        options = {}
+        for name, value in vars(self.parsers[script].parse_args(flags)).items():
+            # A data set is told by its fingerprint, so it may move. A device changes no result.
+            if not name.startswith(("data", "device")):
+                options[name] = value
+        return [script, options]
 
     def cell_path(self, cell):
         """Where what the cell found is kept: JSON, null where the data has nothing for it."""
-        before = all_options(*cell.pretraining) if cell.pretraining else None
-        after = all_options("finetune.py", *cell.finetuning)
+        before = self.all_options(*cell.pretraining) if cell.pretraining else None
+        after = self.all_options("finetune.py", *cell.finetuning)
         name = name_of([self.fingerprint, cell.seed, before, after])
         return self.cells_folder / f"{name}.json"
 
     def table_path(self, cell):
         """Where the tables that the cell starts from are kept."""
-        name = name_of([self.fingerprint, cell.seed, all_options(*cell.pretraining)])
+        name = name_of([self.fingerprint, cell.seed, self.all_options(*cell.pretraining)])
         return self.tables_folder / f"{name}.npz"
 
     def run(self, cells, title, may_diverge=False):
@@ -239,6 +256,7 @@ class Cells:
         where the learning rate is too high for it; else InputError.
         """
         found, missing = {}, []
+        # Each once, in order. A damaged or diverged one is told before anything is run.
         for cell in dict.fromkeys(cells):
             if self.cell_path(cell).exists():
                 found[cell] = self.read(cell, may_diverge)
@@ -261,10 +279,12 @@ class Cells:
             path = self.table_path(cell)
             if not path.exists():
                 commands[path] = self.pretraining_command(cell)
+                # Cells that differ in fine-tuning alone start from the same tables.
                 cells_of.setdefault(path, []).append(cell)
 
         def keep(path, error):
             if error is None:
+                # Only what has come to its end gets its name.
                 os.replace(unfinished(path), path)
             else:
                 cell = cells_of[path][0]
@@ -279,6 +299,7 @@ class Cells:
         for cell in cells:
             if self.cell_path(cell).exists():
                 continue  # its pre-training found nothing to do, or diverged
+            # Read before the run, so that damaged tables are told at once.
             reports[cell] = self.pretraining_report(cell)
             commands[cell] = self.finetuning_command(cell)
 
@@ -296,6 +317,7 @@ class Cells:
         command += [*self.data_flags, *self.encoding_flags, "--seed", str(cell.seed)]
         command += ["--out", str(unfinished(self.table_path(cell)))]
         if cell.pretraining[0] == "mmcpr.py":
+            # An interrupted one goes on; baselines.py keeps no checkpoint and starts anew.
             command.append("--resume")
         return command
 
@@ -327,10 +349,12 @@ class Cells:
         init = self.table_path(cell).name if cell.pretraining else "random"
         found = json.loads(path.read_text()) | {"data": self.folder.name, "init": init}
         self.write(cell, cell._asdict() | {"report": report, "finetune": found})
+        # The cell holds it all now.
         path.unlink()
 
     def keep_failure(self, cells, error, may_diverge):
         """Keeps a failure that a second run would only repeat; InputError for any other."""
+        # This data has nothing for the system: its row is left out.
         if any(words in error for words in NOTHING):
             outcome = None
         elif DIVERGED in error:
@@ -354,6 +378,7 @@ class Cells:
             outcome = json.loads(path.read_text())
             has_diverged = outcome is not None and "diverged" in outcome
             is_result = outcome is not None and not has_diverged
+            # What a result must have; anything else is no file of ours.
             if is_result and not ("report" in outcome and outcome["finetune"]["test"]):
                 raise KeyError
         except (ValueError, KeyError, TypeError):
@@ -392,7 +417,7 @@ class Sweep:
     rates: tuple            # learning rates to choose from, as they were typed
     patience: int | None    # of every pre-training; None: the scripts' own
     settings: str           # what of data and features is not the default, for the titles
-    dataset: data.Dataset
+    dataset: object         # as data.open_data returns it
     has_pairs: bool         # whether there are both texts and images
 
     def run_rows(self, wanted, title):
@@ -406,8 +431,9 @@ class Sweep:
                 cells.append(Cell(pretraining, finetuning, seed))
         found = self.cells.run(cells, title)
         rows = {}
-        for row, name in enumerate(wanted):
-            of_row = found[row * len(self.seeds):(row + 1) * len(self.seeds)]
+        # The cells are in order: a row's seeds stand side by side.
+        for name in wanted:
+            of_row, found = found[:len(self.seeds)], found[len(self.seeds):]
             if all(of_row):
                 rows[name] = of_row
         return rows
@@ -439,6 +465,7 @@ def choose(sweep, systems):
     Of all pairs the one with the best validation Recall@20 after fine-tuning, on the first seed.
     What learns nothing has no rate, and a random start no other scale.
     """
+    # Where it is not given the scripts keep their own.
     patience = ("--patience", str(sweep.patience)) if sweep.patience else ()
     grid = []
     for scale in (AS_IS, XAVIER):
@@ -457,6 +484,7 @@ def choose(sweep, systems):
     found = sweep.cells.run(cells, "learning rate and scale", may_diverge=True)
     chosen, best = {}, {}
     for (system, choice), cell in zip(grid, found):
+        # What diverged, or has nothing to do, loses to anything.
         recall = cell["finetune"]["valid"]["recall@20"] if cell else -1
         if system not in best or recall > best[system]:
             chosen[system], best[system] = choice, recall
@@ -480,6 +508,7 @@ def mean_and_deviation(values):
 def gain(ours, other):
     """The relative gain, with the p-value of a paired t-test over seeds."""
     text = f"{ours.mean() / other.mean() - 1:+.1%}"
+    # The test divides by the spread of the differences.
     is_constant = np.ptp(ours - other) < 1e-9
     if len(ours) < 2 or is_constant:
         return text
@@ -675,6 +704,7 @@ def scale_of_start(sweep):
     our_rms = ("--scale", rms(rows["MMCPR, as is"]))
     rows |= sweep.run_rows({"Random, at the RMS of MMCPR as is": (None, our_rms)}, "scale")
     sweep.show("scale", table(sweep, "Scale of the start", rows))
+    # The curves without the ablation: they would hide each other.
     curves = {}
     for name, cells in rows.items():
         if "CIMA" not in name:
@@ -708,6 +738,7 @@ def draw_bars(axis, curves):
     for names, values in curves.values():
         means, error_bars = means_and_bars(values)
         axis.bar(names, means, **error_bars)
+        # Bars that start at 0 would all look the same.
         axis.set_ylim(0.9 * min(means))  # as the paper cuts its bars
 
 
@@ -728,6 +759,7 @@ def draw_lines(axis, curves):
 
 def plot(path, panels, draw, xlabel=""):
     """A PNG with one panel per entry of {title: {curve: (x, per x one value of each seed)}}."""
+    # Imported here: it takes a second, and most calls plot nothing.
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
@@ -747,6 +779,7 @@ def plot(path, panels, draw, xlabel=""):
 def fig3(sweep):
     choice = choose(sweep, ["mmcpr"])["mmcpr"]
     command = pretraining("mmcpr", *choice.rate)
+    # The modalities that this data has are those with attention where all are asked for.
     full = sweep.cells.run([Cell(command, choice.scale, sweep.seeds[0])], "figure 3")[0]
     present = set()
     for attention in full["report"]["attention"].values():
@@ -834,6 +867,7 @@ def fig4(sweep):
     wanted, points = {}, {}
     for reading in ("softmax", "bce"):
         for lam in ("0", "0.2", "0.4", "0.6", "0.8", "1"):
+            # Without CIMA its reading does not matter: both curves start from the same cell.
             # The default is not spelt out, so that it is the cells of Table 2.
             flags = () if lam == "0.2" else ("--lam", lam)
             if reading == "bce" and lam != "0":
@@ -918,8 +952,9 @@ def as_flags(options):
 def changed_settings(args, data_options):
     """What of data and features is not the default, as it stands in the titles."""
     text = ""
-    for name in ("valid", "split_seed", "min_count", "sample"):
-        if data_options[name] != data.DATA_DEFAULTS[name]:
+    for name, default in data.DATA_DEFAULTS.items():
+        # The data's name stands in the title anyway, and where it lies does not matter.
+        if name not in ("data", "data_dir") and data_options[name] != default:
             text += f", {name.replace('_', ' ')} {data_options[name]}"
     for name in ENCODING:
         if getattr(args, name) != arguments().get_default(name):
@@ -933,7 +968,7 @@ def open_sweep(args):
     label = os.path.basename(data_options["data"]).replace(":", "_")
     folder = Path(args.results) / label
     settings = changed_settings(args, data_options)
-    run.check_outputs(folder / "table1.md")
+    run.check_outputs([folder / "table1.md"])
     if os.path.exists(args.clip_weights):
         # The scripts run in another folder.
         args.clip_weights = os.path.abspath(args.clip_weights)
@@ -941,6 +976,7 @@ def open_sweep(args):
                              (args.clip_model, args.clip_weights))
     data_flags = as_flags(data_options | {"amazon_url": args.amazon_url})
     encoding_flags = as_flags({name: getattr(args, name) for name in ENCODING})
+    # Of the split and the features: cells of other data have other names.
     fingerprint = run.run_id({}, parts, features.values())
     cells = Cells(data_flags, encoding_flags, fingerprint, folder, args.jobs)
     has_pairs = "T" in features and "V" in features
@@ -952,6 +988,7 @@ def main(argv=None):
     args = arguments().parse_args(argv)
     check_arguments(args)
     sweep = open_sweep(args)
+    # A target's .csv lists the runs that it has asked for.
     for name in TARGETS if args.target == "all" else [args.target]:
         sweep.cells.used.clear()
         TARGETS[name](sweep)
