@@ -110,7 +110,7 @@ def pool_reviews(review, users, n_users, in_train, chunk=32_768):
     return total / count[:, None]
 
 
-# --- Inter-modal aggregation (Eq. 5-8 for users, 9, 12-14 for items) ----------------------
+# --- Inter-modal aggregation (Eq. 6-8 for users, 12-14 for items) -------------------------
 
 def inter_modal_aggregation(projected, present, a):
     """e = sum_m alpha_m e'^m with alpha = softmax_m(ReLU(a . e'^m)) (Eq. 7, 8; 13, 14).
@@ -151,8 +151,8 @@ class Tower(nn.Module):
     """One side: its modalities' encoders, projections and inter-modal aggregation.
 
     features: {modality: float [n, d_m]}, NaN rows where a node lacks it; graph: an
-    ops.CoInteractionGraph or None. A node that has no modality at all gets a row of a trained
-    table instead, the fallback.
+    ops.CoInteractionGraph, the function x -> mean over neighbours, or None. A node that has no
+    modality at all gets a row of a trained table instead, the fallback.
     """
 
     def __init__(self, n, features, graph, dim=64, n_layers=2):

@@ -2864,7 +2864,7 @@ DRIPS = {"the status line": b"HTTP/1.1 200 O", "a header": HEAD + b"X-Y: ",
 @pytest.fixture
 def impatient(monkeypatch):
     monkeypatch.setattr(download, "SILENCE", 0.5)
-    monkeypatch.setattr(download, "WINDOW", 0.2)
+    monkeypatch.setattr(download, "WINDOW", 0.1)
 
 
 @pytest.mark.parametrize("place", DRIPS)

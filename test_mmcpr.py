@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from argparse import Namespace
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -969,13 +970,18 @@ def outcome(folder):
     return arrays["user"], arrays["item"], reports
 
 
-@pytest.mark.parametrize("script", ["mmcpr.py", "finetune.py"])
-def test_interrupted_run_goes_on_to_the_same_bits(tmp_path, script):
-    """The real command, killed with -9 at whatever moment, resumed, sent SIGTERM, resumed."""
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
+def test_interrupted_run_goes_on_to_the_same_bits(tmp_path):
+    """The real commands, killed with -9 at whatever moment, resumed, sent SIGTERM, resumed."""
+    with ThreadPoolExecutor(2) as pool:  # they take seconds to start, so both at once
+        for done in [pool.submit(kill_and_resume, tmp_path / script, script) for script in RUNS]:
+            done.result()
+
+
+def kill_and_resume(folder, script):
+    whole, cut = folder / "whole", folder / "cut"
     command = [sys.executable, HERE / script, *RUNS[script], "--out", "result.npz"]
     for folder in (whole, cut):
-        folder.mkdir()
+        folder.mkdir(parents=True)
         write_shop(folder / "shop")
 
     def start(folder, *flags):
@@ -1007,13 +1013,20 @@ def test_interrupted_run_goes_on_to_the_same_bits(tmp_path, script):
     assert reports == reports_cut
 
 
-@pytest.mark.parametrize("script, out", [("mmcpr.py", "--out"), ("finetune.py", "--metrics")])
-def test_ctrl_c_keeps_the_best_epoch(tmp_path, script, out):
+def test_ctrl_c_keeps_the_best_epoch(tmp_path):
     """SIGINT during training: the best epoch so far is written, one line, exit code 2."""
     write_shop(tmp_path / "shop")
-    command = [sys.executable, HERE / script, "--data", "shop", out, "result",
+    with ThreadPoolExecutor(2) as pool:
+        runs = [pool.submit(interrupt_training, tmp_path, "mmcpr.py", "--out", "emb.npz"),
+                pool.submit(interrupt_training, tmp_path, "finetune.py", "--metrics", "m.json")]
+        for done in runs:
+            done.result()
+
+
+def interrupt_training(folder, script, out, name):
+    command = [sys.executable, HERE / script, "--data", "shop", out, name,
                "--epochs", "1000000", "--patience", "1000000"]
-    process = subprocess.Popen(command, cwd=tmp_path, env=ONE_THREAD, stderr=subprocess.PIPE,
+    process = subprocess.Popen(command, cwd=folder, env=ONE_THREAD, stderr=subprocess.PIPE,
                                stdout=subprocess.PIPE)
     progress = b""
     while b"recall@20" not in progress:  # the bar shows a validation: there is one to keep
@@ -1023,7 +1036,7 @@ def test_ctrl_c_keeps_the_best_epoch(tmp_path, script, out):
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 2 and b"error: interrupted" in err and b"Traceback" not in err
-    assert (tmp_path / "result").exists()
+    assert (folder / name).exists()
 
 
 TWO_EPOCHS = ("--data", "shop", "--epochs", 2, "--eval-every", 1, "--out", "e.npz")
