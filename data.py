@@ -444,7 +444,8 @@ def is_data_option(name, value):
 
 def add_data_arguments(parser):
     """The flags for the data and its split; None where not given, so that emb.npz can say."""
-    group = parser.add_argument_group("data")
+    group = parser.add_argument_group(
+        "data", "defaults are those of a new run; with --init, what its tables were made with")
     group.add_argument("--data", help="demo, vg, tg, amazon:<Category>, or a folder "
                        "(default: demo)")
     group.add_argument("--data-dir", help="where data is made, downloaded and cached "
@@ -516,6 +517,17 @@ def open_data(args, data_options=None, modalities="RTVG", contents=True):
     return dataset, parts, data_options
 
 
+def data_flags(data_options):
+    """The flags that name the same data and split on a command line."""
+    flags = f" --data {shlex.quote(data_options['data'])}"
+    default_folder = os.path.abspath(DATA_DEFAULTS["data_dir"])
+    for name, default in DATA_DEFAULTS.items():
+        value = data_options[name]
+        if name != "data" and value not in (default, default_folder):
+            flags += f" --{name.replace('_', '-')} {shlex.quote(str(value))}"
+    return flags
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(
         description="Prepare a data set: download, features, counts.", formatter_class=run.Help)
@@ -526,9 +538,8 @@ def main(argv=None):
     dataset, parts, data_options = open_data(args)
     features(dataset, "TVR", args.encoder, Path(data_options["data_dir"]),
              (args.clip_model, args.clip_weights), args.device)
-    name = DATA_DEFAULTS["data"] if args.data is None else args.data
     encoder = "" if args.encoder == "auto" else f" --encoder {args.encoder}"
-    print(f"next: python mmcpr.py --data {shlex.quote(name)}{encoder}")
+    print(f"next: python mmcpr.py{data_flags(data_options)}{encoder}")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ import argparse
 import csv
 import json
 import os
-import shlex
 import sys
 import time
 
@@ -297,12 +296,16 @@ def summarise(results, args, data_options):
             "runs": results, "mean": mean, "std": std}
 
 
-def write_outputs(args, results, user, item, dataset, parts, data_options):
-    """What was asked for, after every seed; tables and recommendations are the first seed's."""
+def write_metrics(args, results, data_options):
     if args.metrics:
         summary = summarise(results, args, data_options)
         run.write_file(args.metrics, lambda file: json.dump(summary, file, indent=1), "w")
         print(f"wrote {args.metrics}")
+
+
+def write_outputs(args, results, user, item, dataset, parts, data_options):
+    """What was asked for, after every seed; tables and recommendations are the first seed's."""
+    write_metrics(args, results, data_options)
     if args.out and len(results) == 1:
         meta = {"method": "LightGCN + MixGCF", "data": data_options, "init": args.init,
                 "scale": args.scale, "seed": args.seeds[0]}
@@ -317,7 +320,7 @@ METRIC_NAMES = [f"{name}@{k}" for name in ("recall", "ndcg") for k in KS]
 
 
 def print_row(label, values):
-    print(f"{label:<28}" + "".join(f"{value:>11}" for value in values), flush=True)
+    print(f"{label:<28}" + "".join(f"{value:>11}" for value in values))
 
 
 def print_result(result):
@@ -448,6 +451,8 @@ def finetune_and_save(args):
         print_row(f"test, init {args.init}", METRIC_NAMES)
         for result in results:
             print_result(result)
+        if results and run.is_main_process():
+            write_metrics(args, results, data_options)  # perhaps another file than before
         for seed in args.seeds[len(results):]:
             user, item, result = finetune(parts, arrays, args, seed, args.device, checkpoint)
             result = {"data": data_options["data"], "init": args.init, "scale": args.scale,
@@ -468,11 +473,11 @@ def finetune_and_save(args):
             f"interrupted in seed {seed} at epoch {result['epochs_run']}; its best epoch so far, "
             f"{result['epoch']}, was tested; {checkpoint.remedy()}")
     checkpoint.remove()
-    name = shlex.quote(data_options["data"])
+    flags = data.data_flags(data_options)
     if args.init == "random":
-        print(f"next: python mmcpr.py --data {name}, then python finetune.py --init emb.npz")
+        print(f"next: python mmcpr.py{flags} && python finetune.py --init emb.npz")
     else:
-        print(f"next, to compare with: python finetune.py --init random --data {name}")
+        print(f"next, to compare with: python finetune.py --init random{flags}")
 
 
 def main(argv=None):

@@ -622,15 +622,15 @@ def pretrain_and_save(args):
     path = f"{args.out}.{run.run_id(options, parts, features.values())}.ckpt"
     with run.Checkpoint(path, args.resume, args.checkpoint_every) as checkpoint:
         user, item, report = pretrain(parts, features, args, args.device, checkpoint)
-    versions = {"python": platform.python_version(), "numpy": np.__version__,
-                "torch": torch.__version__}
-    meta = {"method": "MMCPR", "data": data_options, "options": options, "report": report,
-            "versions": versions}
-    # Printed first: a full disk must not take the numbers too.
-    print_report(report)
-    if run.is_main_process():
-        with checkpoint.kept_if_writing_fails():
-            data.save_embeddings(args.out, dataset, parts, user, item, meta)
+        versions = {"python": platform.python_version(), "numpy": np.__version__,
+                    "torch": torch.__version__}
+        meta = {"method": "MMCPR", "data": data_options, "options": options, "report": report,
+                "versions": versions}
+        # Printed first: a full disk must not take the numbers too.
+        print_report(report)
+        if run.is_main_process():
+            with checkpoint.kept_if_writing_fails():
+                data.save_embeddings(args.out, dataset, parts, user, item, meta)
     if report["interrupted"]:
         run.wait_for_all()
         raise run.InputError(

@@ -24,9 +24,10 @@ from datetime import timedelta
 from pathlib import Path
 
 # The scripts import this module before the libraries below, which take seconds, so that Ctrl-C
-# is one line from the start. Nothing is changed for a program that imports us.
-main_file = getattr(sys.modules["__main__"], "__file__", None) or ""
-if Path(__file__).resolve().parent in Path(main_file).resolve().parents:
+# is one line from the start. Nothing is changed for another program that imports us.
+HERE = Path(__file__).resolve().parent
+main_file = getattr(sys.modules["__main__"], "__file__", None)
+if main_file and Path(main_file).resolve().parent in (HERE, HERE / "paper"):
     def end_in_one_line(kind, error, trace):
         if kind is not KeyboardInterrupt:
             return sys.__excepthook__(kind, error, trace)
@@ -291,13 +292,15 @@ def remove_leftovers(path, age=3600):
     """Removes the temporary files and folders that killed runs have left for this path."""
     path = Path(os.path.realpath(path))
     for temporary in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        # One that another run is writing at this moment is younger.
-        if time.time() - temporary.stat().st_mtime < age:
-            continue
-        if temporary.is_dir():
-            shutil.rmtree(temporary, ignore_errors=True)
-        else:
-            temporary.unlink(missing_ok=True)
+        # Another process may sweep, too.
+        with contextlib.suppress(FileNotFoundError):
+            # One that another run is writing at this moment is younger.
+            if time.time() - temporary.stat().st_mtime < age:
+                continue
+            if temporary.is_dir():
+                shutil.rmtree(temporary, ignore_errors=True)
+            else:
+                temporary.unlink()
 
 
 # --- Argument types -----------------------------------------------------------------------
@@ -462,7 +465,7 @@ class Checkpoint:
     def __init__(self, path=None, resume=False, every=180):
         self.path, self.every = path, every
         self.results, self.training = [], None
-        self.last_written, self.stop_asked = time.time(), False
+        self.last_written, self.is_writing, self.stop_asked = time.time(), False, False
         self.handlers = {}
         exists = path is not None and Path(path).exists()
         if exists:
@@ -483,7 +486,9 @@ class Checkpoint:
         """One line for a damaged file: zipfile, pickle and torch each raise their own."""
         try:
             yield
-        except Exception:
+        except Exception as error:
+            if isinstance(error, MemoryError) or getattr(error, "errno", None) is not None:
+                raise  # the machine's, not the file's
             raise InputError(f"{self.path}: not a checkpoint of this version, or damaged; "
                              "delete it and start anew") from None
 
@@ -495,14 +500,16 @@ class Checkpoint:
     def __exit__(self, kind, *_):
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
-        # Outside the training loop, for example at the last evaluation.
-        if kind is KeyboardInterrupt and (self.training or self.results):
+        # What happened outside the training loop, for example at the last evaluation.
+        if kind is not None and not issubclass(kind, InputError):
             self.write()
+        if kind is KeyboardInterrupt:
             raise InputError(f"interrupted; {self.remedy()}") from None
 
     def on_signal(self, number, frame):
-        # One process that left its epoch would leave the others waiting for its gradients.
-        if dist.is_initialized() and not self.stop_asked:
+        # A process that left its epoch would leave the others waiting for its gradients, and
+        # torch.save takes what is raised in it for an error of its own.
+        if dist.is_initialized() or self.is_writing:
             self.stop_asked = True
         else:
             raise KeyboardInterrupt
@@ -546,20 +553,29 @@ class Checkpoint:
         self.write()
 
     def write(self):
+        """Where nothing is finished yet, what an earlier run has left stays as it is."""
         self.last_written = time.time()
-        if self.path is None or not is_main_process():
+        nothing_yet = self.training is None and not self.results
+        if self.path is None or nothing_yet or not is_main_process():
             return
         state = {"results": self.results, "training": self.training}
+        self.is_writing = True
         try:
             write_file(self.path, lambda file: torch.save(state, file))
         except (OSError, RuntimeError) as error:  # RuntimeError: torch's own for a full disk
             print(f"{self.path}: not saved ({str(error).splitlines()[0]})", file=sys.stderr)
+        self.is_writing = False
+        if self.stop_asked and not dist.is_initialized():
+            self.stop_asked = False
+            raise KeyboardInterrupt
 
     @contextlib.contextmanager
     def kept_if_writing_fails(self):
         """Around the writing of what a run has found: where it fails, --resume writes it."""
         try:
             yield
+        except BrokenPipeError:  # of stdout
+            raise
         except OSError as error:
             self.write()
             raise InputError(f"{error.filename or 'the results'}: not written "
@@ -578,5 +594,5 @@ class Checkpoint:
         path = Path(self.path)
         path.unlink(missing_ok=True)
         # What a kill in the middle of writing has left.
-        for temporary in path.parent.glob(f".{path.name}.*.tmp"):
-            temporary.unlink()
+        for temporary in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+            temporary.unlink(missing_ok=True)

@@ -352,14 +352,18 @@ def test_help_names_each_default_once(main, capsys):
 
 
 def test_next_command_names_the_data_as_it_was_given(tmp_path, capsys, monkeypatch):
-    """Also where the name needs quotes, and the encoder; without --data it is the demo."""
+    """Also where it needs quotes; what names the split, and the encoder; else the demo."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(demo.write_demo, "__defaults__", (40, 30, 16))
     put(tmp_path / "my shop", GOOD)
-    for argv, flags in ((("--data", "my shop", "--encoder", "tiny"),
-                         "'my shop' --encoder tiny"), ((), "demo")):
-        assert call(data.main, *argv) == 0
-        assert capsys.readouterr().out.endswith(f"next: python mmcpr.py --data {flags}\n")
+    name = f"'{tmp_path / 'my shop'}'"
+    flags = ("--min-count", 2, "--valid", 0.2, "--split-seed", 3)
+    for argv, want in ((("--encoder", "tiny"), f"{name} --encoder tiny"),
+                       (flags, f"{name} --min-count 2 --valid 0.2 --split-seed 3")):
+        assert call(data.main, "--data", "my shop", "--encoder", "tiny", *argv) == 0
+        assert f"next: python mmcpr.py --data {want}" in capsys.readouterr().out
+    assert call(data.main) == 0
+    assert capsys.readouterr().out.endswith("next: python mmcpr.py --data demo\n")
 
 
 # --- Images ---------------------------------------------------------------------------------
