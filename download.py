@@ -20,7 +20,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from pictures import BadPicture, read_picture
-from run import InputError, disk_is_full, write_file
+from run import InputError, check_is_file, disk_is_full, remove_leftovers, write_file
 
 # A connection is given up after so many seconds without a byte, or when so many seconds have
 # not brought a whole picture, or so many bytes of a large file.
@@ -153,6 +153,8 @@ def fetch_file(url, path, patience=5):
             reason = "the connection was cut"
         except urllib.error.HTTPError as error:
             reason = f"HTTP {error.code}"
+            if error.headers.get("Content-Range") == f"bytes */{size_before}":
+                break  # the file was whole already
             if error.code == 416:
                 # Our bytes are more than the server's: they belong to another file.
                 part.unlink(missing_ok=True)
@@ -208,6 +210,8 @@ def fetch_images(folder, workers=16, unreachable=32):
     addresses = read_addresses(folder / "image_urls.json")
     (folder / "images").mkdir(exist_ok=True)
     note = folder / "images" / "refused.txt"
+    check_is_file(note)
+    remove_leftovers(folder / "images")
     refused = set(note.read_text(errors="replace").split()) if note.exists() else set()
     todo = []
     for name in addresses:

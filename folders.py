@@ -240,14 +240,15 @@ def read_recbole(path, min_rating=None):
 def read_lightgcn(folder, min_rating=None):
     """LightGCN's train.txt, test.txt and, where there is one, valid.txt: a published split."""
     users, items, labels = [], [], []
-    for name, label in (("train.txt", TRAIN), ("valid.txt", VALID), ("val.txt", VALID),
-                        ("test.txt", TEST)):
+    for name, label in (("train.txt", TRAIN), ("valid.txt", VALID), ("test.txt", TEST)):
         if not (folder / name).exists():
             continue
         n_before = len(items)
         with open_text(folder / name) as file:
             for row, line in enumerate(file, 1):
                 where = f"{folder / name}, row {row}:"
+                if row == 1 and "::" in line:
+                    raise InputError(f"{where} fields separated by ::; {FORMATS}")
                 numbers = [whole_number(value, where) for value in line.split()]
                 users += numbers[:1] * (len(numbers) - 1)
                 items += numbers[1:]

@@ -608,7 +608,7 @@ def check_arguments(args):
 def pretrain_and_save(args):
     with run.main_process_first():
         dataset, parts, data_options = data.open_data(args, modalities=args.modalities)
-        run.check_outputs([args.out], folder=dataset.folder)
+        run.check_outputs([args.out], [args.clip_weights], dataset.folder)
         features = data.features(dataset, args.modalities, args.encoder,
                                  Path(data_options["data_dir"]),
                                  (args.clip_model, args.clip_weights), args.device)

@@ -235,7 +235,12 @@ def make_folder(folder, key, write, files=()):
         key_path = folder / "source.json"
         write_file(key_path, lambda file: json.dump(UNFINISHED, file), "w")
         # Files are moved into what is there, so that pictures fetched earlier stay.
-        shutil.copytree(temporary, folder, copy_function=os.replace, dirs_exist_ok=True)
+        for path in sorted(temporary.rglob("*")):
+            target = folder / path.relative_to(temporary)
+            if path.is_dir():
+                target.mkdir(exist_ok=True)
+            else:
+                shutil.move(path, target)  # also to another disk, where the folder is a link
         write_file(key_path, lambda file: json.dump(key, file), "w")
     return folder
 
@@ -274,24 +279,29 @@ def check_outputs(outputs, inputs=(), folder=None):
         remove_leftovers(path)
 
 
-DATA_FILES = ("interactions.csv", "items.csv", "train.txt", "valid.txt", "val.txt", "test.txt",
-              "*.inter", "*.npy", "source.json", "image_urls.json")
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
+# What may be an output of ours where it lies in a data set's folder, but for these names.
+OUTPUTS = (".npz", ".json", ".csv", ".ckpt")
+DATA_FILES = ("interactions.csv", "items.csv", "source.json", "image_urls.json")
 
 
 def files_read(folder):
-    """Yields the files that a data set may be read from."""
-    for pattern in DATA_FILES:
-        yield from folder.glob(pattern)
+    """Yields the files that a data set may be read from; Amazon's raw files lie beside it."""
+    yield from folder.parent.glob("*.json.gz")
     for path in folder.rglob("*"):
-        if path.suffix.lower() in PICTURES:
+        if path.name in DATA_FILES or path.suffix.lower() not in OUTPUTS:
             yield path
 
 
 def remove_leftovers(path, age=3600):
-    """Removes the temporary files and folders that killed runs have left for this path."""
+    """Removes the temporary files and folders that killed runs have left for this path.
+
+    Of a folder that is there, those in it.
+    """
     path = Path(os.path.realpath(path))
-    for temporary in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+    leftovers = list(path.parent.glob(f".{glob.escape(path.name)}.*.tmp"))
+    if path.is_dir():
+        leftovers += path.glob(".*.tmp")
+    for temporary in leftovers:
         # Another process may sweep, too.
         with contextlib.suppress(FileNotFoundError):
             # One that another run is writing at this moment is younger.
@@ -562,7 +572,8 @@ class Checkpoint:
         self.is_writing = True
         try:
             write_file(self.path, lambda file: torch.save(state, file))
-        except (OSError, RuntimeError) as error:  # RuntimeError: torch's own for a full disk
+        # RuntimeError: torch's own for a full disk; InputError: another program has the file.
+        except (OSError, RuntimeError, InputError) as error:
             print(f"{self.path}: not saved ({str(error).splitlines()[0]})", file=sys.stderr)
         self.is_writing = False
         if self.stop_asked and not dist.is_initialized():

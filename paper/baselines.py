@@ -1054,7 +1054,7 @@ def open_features(args):
     run.check_outputs([args.out], folder=dataset.folder)
     clip_options = (args.clip_model, args.clip_weights)
     features = data.features(dataset, modalities, args.encoder, Path(data_options["data_dir"]),
-                             clip_options)
+                             clip_options, "cpu")
     # Of training interactions alone, as MMCPR reads them (Eq. 4).
     if "R" in features:
         features["R"] = mmcpr.pool_reviews(features["R"], dataset.users, dataset.n_users,
@@ -1115,7 +1115,7 @@ def try_rates(args, parts, features, save):
     if len(args.lr) > 1 and not parts.valid.nnz:
         raise run.InputError("without validation nothing chooses among several learning rates; "
                              "pass one: --lr 1e-3")
-    trials, diverged = [], None
+    trials, diverged, is_saved = [], None, True
     for lr in args.lr:
         try:
             trial = pretrain(args, parts, features, lr)
@@ -1125,14 +1125,21 @@ def try_rates(args, parts, features, save):
             print(f"lr {lr:g}: {error}", flush=True)
             continue
         trials.append(trial)
-        # Saved at once: what one learning rate found is not lost with the next.
-        save(trials)
         report = trial.report
         print(f"lr {lr:g}: loss {report['loss']:.4f}{recall_text(report['recall@20'])} "
               f"at epoch {report['epoch']} of {report['epochs_run']}, "
               f"{report['seconds']:.0f} s", flush=True)
+        # Saved at once: what one learning rate found is not lost with the next.
+        try:
+            save(trials)
+            is_saved = True
+        except OSError as error:
+            is_saved = False
+            print(f"not written ({error}); tried again after the next rate", flush=True)
     if not trials:
         raise diverged
+    if not is_saved:
+        save(trials)
     return trials
 
 

@@ -110,9 +110,8 @@ def generate_features(graph, width=512, seed=1):
 
 
 def write_generated(name, folder):
-    """The generated set as a folder data set (README), features as float16."""
+    """The generated set in the new `folder`, as a data set (README), features as float16."""
     graph = generate(*SIZES[name])
-    folder.mkdir(parents=True, exist_ok=True)
     pairs = zip(graph.users.tolist(), graph.items.tolist())
     run.write_csv(folder / "interactions.csv", ("user", "item"), pairs)
     run.write_csv(folder / "items.csv", ("item",), zip(range(len(graph.item_shelf))))
@@ -121,7 +120,6 @@ def write_generated(name, folder):
     write_half(folder / "item_image.npy", features["V"])
     # A review for each interaction: its user's vector.
     write_half(folder / "review.npy", features["R"][graph.users])
-    print(f"wrote {folder}; next: python mmcpr.py --data {folder}")
 
 
 def write_half(path, rows):
@@ -761,7 +759,9 @@ def main(argv=None):
         if len(args.data) > 1 or args.data[0] not in SIZES:
             raise run.InputError("--write writes one generated set: "
                                  "pass --data vg or --data tg")
-        write_generated(args.data[0], args.write)
+        name = args.data[0]
+        run.make_folder(args.write, {"generated": name}, lambda to: write_generated(name, to))
+        print(f"wrote {args.write}; next: python mmcpr.py --data {args.write}")
         return
     bandwidth, rate = machine(args.device)
     processor = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"

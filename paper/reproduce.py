@@ -225,6 +225,8 @@ class Cells:
         self.tables_folder = self.folder / "tables"
         self.cells_folder.mkdir(parents=True, exist_ok=True)
         self.tables_folder.mkdir(parents=True, exist_ok=True)
+        for used_folder in (self.folder, self.cells_folder, self.tables_folder):
+            run.remove_leftovers(used_folder)
         self.parsers = {script: module.arguments() for script, module in MODULES.items()}
         self.used = {}  # what the present target has asked for
 
@@ -973,7 +975,7 @@ def open_sweep(args):
         # The scripts run in another folder.
         args.clip_weights = os.path.abspath(args.clip_weights)
     features = data.features(dataset, "TVR", args.encoder, Path(data_options["data_dir"]),
-                             (args.clip_model, args.clip_weights))
+                             (args.clip_model, args.clip_weights), "cpu")
     data_flags = as_flags(data_options | {"amazon_url": args.amazon_url})
     encoding_flags = as_flags({name: getattr(args, name) for name in ENCODING})
     # Of the split and the features: cells of other data have other names.

@@ -73,6 +73,14 @@ def test_generated_graph_has_the_counts_and_a_long_tail(tmp_path, monkeypatch):
     assert call(bench.main, "--data", "demo", "--write", tmp_path / "made") == 2
 
 
+def test_generated_set_is_not_written_over_the_users(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(bench.SIZES, "vg", (60, 30, 500))
+    (tmp_path / "interactions.csv").write_text("user,item\nmine,precious\n")
+    assert call(bench.main, "--data", "vg", "--write", tmp_path) == 2
+    assert "was not made here" in capsys.readouterr().err
+    assert (tmp_path / "interactions.csv").read_text() == "user,item\nmine,precious\n"
+
+
 def test_benchmark_compares_before_it_measures(shop_folder, capsys, monkeypatch):
     """The whole table on a tiny folder; a fast path that computes something else stops it."""
     monkeypatch.setattr(bench, "in_new_process", lambda function, *args: function(*args))
@@ -1103,7 +1111,8 @@ def test_cell_that_is_finished_while_the_sweep_is_stopped_is_kept(root, monkeypa
     (root / "finetune.py").write_text(
         "import json, pathlib, signal, sys, time\n"
         "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
-        "pathlib.Path('started').touch()\ntime.sleep(0.3)\n"
+        "pathlib.Path('started').touch()\n"
+        "while not pathlib.Path('killed').exists(): time.sleep(0.01)\n"
         "path = sys.argv[sys.argv.index('--metrics') + 1]\n"
         "pathlib.Path(path).write_text(json.dumps({'test': {'recall@20': 0.5}}))\n")
     cells = reproduce.Cells((), (), "abc", root, 1)
@@ -1112,6 +1121,7 @@ def test_cell_that_is_finished_while_the_sweep_is_stopped_is_kept(root, monkeypa
     def kill():
         wait_for((root / "cells/started").exists)
         os.kill(os.getpid(), signal.SIGTERM)
+        (root / "cells/killed").touch()
 
     thread = threading.Thread(target=kill)
     thread.start()
