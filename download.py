@@ -27,6 +27,7 @@ from run import InputError, check_is_file, disk_is_full, remove_leftovers, write
 SILENCE = 30
 WINDOW = 60
 WINDOW_BYTES = 60 << 10
+UNREACHABLE = 32  # pictures in a row, after which no more are tried
 # What an answer, or the lack of one, raises in the standard library.
 NETWORK_ERRORS = (OSError, http.client.HTTPException, ValueError, OverflowError)
 
@@ -200,12 +201,12 @@ def receive(url, part, name):
 
 # --- Pictures ---------------------------------------------------------------------------------
 
-def fetch_images(folder, workers=16, unreachable=32):
+def fetch_images(folder, workers=16):
     """Downloads the pictures of a prepared folder that are not there yet.
 
     What does not come is counted; only what cannot be written is an error. What the server refuses
     for good, or is whole and no picture, is noted in images/refused.txt and not asked for again.
-    After `unreachable` failures in a row the rest is left for another run.
+    After UNREACHABLE failures in a row the rest is left for another run.
     """
     addresses = read_addresses(folder / "image_urls.json")
     (folder / "images").mkdir(exist_ok=True)
@@ -244,7 +245,7 @@ def fetch_images(folder, workers=16, unreachable=32):
                 with open(note, "a") as file:
                     file.write(name + "\n")
             n_failed = n_failed + 1 if outcome == "unreachable" else 0
-            if n_failed >= unreachable:
+            if n_failed >= UNREACHABLE:
                 stop.set()
         return name, outcome, reason
 
@@ -258,7 +259,7 @@ def fetch_images(folder, workers=16, unreachable=32):
         stop.set()
         with lock:  # no picture is half written
             pool.terminate()
-    report_images(results, unreachable if gave_up else None)
+    report_images(results, UNREACHABLE if gave_up else None)
 
 
 def read_addresses(path):

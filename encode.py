@@ -124,13 +124,13 @@ class ClipEncoder:
         """[str] -> float32 [n, d]: a review (Eq. 3) or a description (Eq. 9)."""
         return self.encode(self.model.encode_text, self.tokenizer(list(texts)))
 
-    def prepare(self, image, longest=64):
+    def prepare(self, image):
         """PIL image -> float32 [3, height, width]: resized, cropped, normalised.
 
-        A strip that is more than `longest` times as long as it is wide is cut to its middle
-        first: scaled up to the model's size it would be gigabytes.
+        A strip that is much longer than wide is cut to its middle first: scaled up to the
+        model's size it would be gigabytes.
         """
-        limit = longest * min(image.size)
+        limit = 64 * min(image.size)
         left, top = [max(0, length - limit) // 2 for length in image.size]
         if left or top:
             image = image.crop((left, top, image.width - left, image.height - top))
