@@ -194,9 +194,9 @@ def finetune(parts, init, args, seed, device="cpu", checkpoint=None):
             if epoch > 0:
                 mean_loss = train_epoch(model, optimizer, pair_user, pair_item,
                                         sample_negatives, args)
-            if epoch > 0 and not np.isfinite(mean_loss):
-                raise run.InputError(f"the loss is not finite at epoch {epoch}; "
-                                     f"lower --lr (now {args.lr}) or --scale")
+                if not np.isfinite(mean_loss):
+                    raise run.InputError(f"the loss is not finite at epoch {epoch}; "
+                                         f"lower --lr (now {args.lr}) or --scale")
             if epoch % args.eval_every == 0 or epoch == args.epochs:
                 tables = model.embed()
                 value = epoch  # without validation the last epoch is the best
