@@ -28,29 +28,38 @@ from folders import TEST, TRAIN, VALID, keep, read_folder
 from run import InputError
 
 
-# --- The split: of each user a fifth to test, then a tenth of the rest to validation ----------
+# --- The split (Section 4.1.1) ----------------------------------------------------------------
+
+DROPPED = -1  # part of an interaction that --keep or --new-items leaves out
+
 
 def split(users, seed=0, valid=0.1):
     """The part of each interaction, int8 [n]: TRAIN, VALID or TEST.
 
-    users: int [n], the user of each interaction. Of a user's n_u interactions floor(n_u / 5) go
-    to test, at random. Of all that is left the fraction `valid`, drawn uniformly, goes to
-    validation, but each user keeps one interaction to train on.
+    users: int [n], the user of each interaction. Of a user's n_u interactions floor(0.8 n_u), at
+    least one, go to train, at random, and the remainder to test (Section 4.1.1). Of all that is
+    left the fraction `valid`, drawn uniformly, goes to validation, but each user keeps one
+    interaction to train on.
     """
     rng = np.random.default_rng(seed)
     count = np.bincount(users)  # n_u
-    # Sort by user, in random order within a user. Then an interaction's place, its distance from
-    # where its user starts, is a random number from 0 to n_u - 1.
+    n_train = np.maximum(1, 4 * count // 5)
+    place = random_place(users, rng)
+    part = np.where(place < n_train[users], TRAIN, TEST).astype(np.int8)
+    part[hold_out(part, place == 0, valid, rng)] = VALID
+    return part
+
+
+def random_place(users, rng):
+    """int64 [n]: each interaction's place among its user's, 0 to n_u - 1, in random order."""
+    # Sort by user, in random order within a user. Then an interaction's place is its distance
+    # from where its user starts.
     order = np.lexsort((rng.random(len(users)), users))
+    count = np.bincount(users)
     start = np.cumsum(count) - count
     place = np.empty(len(users), np.int64)
     place[order] = np.arange(len(users), dtype=np.int64) - start[users[order]]
-    is_test = place < count[users] // 5
-    # The last place is never tested, and so it can be the one that stays.
-    is_last = place == count[users] - 1
-    part = np.where(is_test, TEST, TRAIN).astype(np.int8)
-    part[hold_out(part, is_last, valid, rng)] = VALID
-    return part
+    return place
 
 
 def hold_out(part, must_stay, valid, rng):
@@ -64,6 +73,18 @@ def hold_out(part, must_stay, valid, rng):
     return rng.choice(free, amount, replace=False)
 
 
+def drop_training(part, users, share, seed):
+    """The parts with only `share` of each user's training interactions, at least one, the others
+    DROPPED. What a share keeps a larger share keeps too."""
+    part = part.copy()
+    train = np.flatnonzero(part == TRAIN)
+    place = random_place(users[train], np.random.default_rng(seed))
+    count = np.bincount(users[train])
+    n_kept = np.maximum(1, np.floor(share * count + 0.5))
+    part[train[place >= n_kept[users[train]]]] = DROPPED
+    return part
+
+
 class Parts(NamedTuple):
     """A data set, split: binary CSR matrices float32 [n_users, n_items], and more of training."""
     train: sp.csr_matrix
@@ -71,14 +92,50 @@ class Parts(NamedTuple):
     test: sp.csr_matrix
     in_train: np.ndarray  # bool [n], in the order of dataset.users and dataset.items
     fingerprint: str      # of the training interactions, ids included
+    new_items: np.ndarray | None = None  # int64: the only ones ranked at test; None: all are
+
+    def known_items(self):
+        """The items that training scores, int64; None: all of them."""
+        if self.new_items is None:
+            return None
+        return np.setdiff1d(np.arange(self.train.shape[1], dtype=np.int64), self.new_items)
 
 
-def split_dataset(dataset, seed=0, valid=0.1):
-    """The Parts of a Dataset: its published split where it has one, otherwise ours."""
+def hold_out_items(part, users, items, share, seed):
+    """(parts, new items int64): of a share of the items every interaction goes to TEST.
+
+    Nothing of them is left to train on or to validate, and the test interactions of the other
+    items are DROPPED, as are those of users who are left without training.
+    """
+    n_items = items.max() + 1
+    new_items = np.random.default_rng(seed).permutation(n_items)[:round(share * n_items)]
+    is_new = np.isin(items, new_items)
+    part = np.where(part == TEST, DROPPED, part)
+    part[is_new] = TEST
+    has_training = np.isin(users, users[part == TRAIN])
+    part[(part == TEST) & ~has_training] = DROPPED
+    return part, np.sort(new_items)
+
+
+def split_dataset(dataset, seed=0, valid=0.1, share=1.0, share_new=0.0):
+    """The Parts of a Dataset: its published split where it has one, otherwise ours.
+
+    share: of each user's training interactions that are kept, to see what less data does;
+    share_new: of the items that become new ones, the only ones that the test ranks.
+    """
     if dataset.labels is None:
         part = split(dataset.users, seed, valid)
     else:
         part = published_split(dataset, seed, valid)
+    if share < 1:
+        part = drop_training(part, dataset.users, share, seed)
+    new_items = None
+    if share_new > 0:
+        part, new_items = hold_out_items(part, dataset.users, dataset.items, share_new, seed)
+        if not (np.any(part == TRAIN) and np.any(part == TEST)):
+            raise InputError(f"{dataset.name}: --new-items {share_new:g} makes {len(new_items):,} "
+                             f"of {dataset.n_items:,} items new, which leaves nothing to train on "
+                             "or nothing to test; choose another share")
     train = interaction_matrix(dataset, part == TRAIN)
     held_out = interaction_matrix(dataset, part == VALID)
     test = interaction_matrix(dataset, part == TEST)
@@ -88,15 +145,16 @@ def split_dataset(dataset, seed=0, valid=0.1):
     if not test.nnz:
         reason = "no row is labelled test (2)"
         if dataset.labels is None:
-            reason = "no user has 5 interactions or more"
+            reason = "no user has two interactions or more"
         raise InputError(f"{dataset.name}: the split leaves nothing to test: {reason}")
     if valid > 0 and not held_out.nnz:
         raise InputError(f"{dataset.name}: nothing is left to validate on: "
                          "pass --valid 0 to train for a fixed number of epochs")
     n_tested = np.sum(np.diff(test.indptr) > 0)
+    n_new = "" if new_items is None else f" on {len(new_items):,} new items"
     print(f"split: {train.nnz:,} training, {held_out.nnz:,} validation, {test.nnz:,} test "
-          f"interactions; {n_tested:,} users are tested", flush=True)
-    return Parts(train, held_out, test, part == TRAIN, fingerprint(dataset, train))
+          f"interactions; {n_tested:,} users are tested{n_new}", flush=True)
+    return Parts(train, held_out, test, part == TRAIN, fingerprint(dataset, train), new_items)
 
 
 def published_split(dataset, seed, valid):
@@ -418,7 +476,7 @@ def check_table(path, arrays, side):
 
 DATA_DEFAULTS = {
     "data": "demo", "data_dir": "data", "min_rating": None, "min_count": 0, "sample": 0,
-    "valid": 0.1, "split_seed": 0,
+    "valid": 0.1, "keep": 1.0, "new_items": 0.0, "split_seed": 0,
 }
 
 
@@ -434,7 +492,8 @@ def is_data_option(name, value):
     """Whether an emb.npz's value is one that the flag would take."""
     if name in ("data", "data_dir"):
         return isinstance(value, str)
-    parse = {"min_rating": number, "valid": run.fraction}.get(name, run.non_negative)
+    parse = {"min_rating": number, "valid": run.fraction, "keep": run.fraction,
+             "new_items": run.fraction}.get(name, run.non_negative)
     try:
         parse(str(value))
     except (ValueError, argparse.ArgumentTypeError):
@@ -458,6 +517,10 @@ def add_data_arguments(parser):
                        "(default: all)")
     group.add_argument("--valid", type=run.fraction, help="part of the training interactions held "
                        "out to choose the epoch (default: 0.1; 0: none, the last epoch is taken)")
+    group.add_argument("--keep", type=run.fraction, metavar="SHARE", help="train on this share of "
+                       "each user's training interactions, at least one (default: all)")
+    group.add_argument("--new-items", type=run.fraction, metavar="SHARE", help="test on this share "
+                       "of the items, without any interaction in training (default: none)")
     group.add_argument("--split-seed", type=run.non_negative, help="(default: 0)")
     group.add_argument("--amazon-url", help="where the Amazon 2018 release is "
                        "(default: AMAZON_URL in amazon.py)")
@@ -513,7 +576,8 @@ def open_data(args, data_options=None, modalities="RTVG", contents=True):
             contents, args.amazon_url, data_options["min_rating"], may_make)
     except MemoryError:
         raise InputError(f"{data_options['data']}: not enough memory to read it") from None
-    parts = split_dataset(dataset, data_options["split_seed"], data_options["valid"])
+    parts = split_dataset(dataset, data_options["split_seed"], data_options["valid"],
+                          data_options["keep"], data_options["new_items"])
     return dataset, parts, data_options
 
 

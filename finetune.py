@@ -160,7 +160,9 @@ def train_epoch(model, optimizer, pair_user, pair_item, sample_negatives, args):
 
 
 def finetune(parts, init, args, seed, device="cpu", checkpoint=None):
-    """Trains LightGCN with MixGCF: (user, item, result) of the epoch that validation chose.
+    """Trains LightGCN with MixGCF: (user, item, result, place) of the epoch that validation chose.
+
+    place: where each test interaction is ranked (metrics.find).
 
     Epoch 0, LightGCN over the tables as given, is evaluated too and can win. Without validation
     the last of args.epochs is taken.
@@ -172,7 +174,8 @@ def finetune(parts, init, args, seed, device="cpu", checkpoint=None):
     user, item = initial_tables(init, train, args.dim, args.scale)
     model = LightGCN(train, user.to(device), item.to(device), args.layers)
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
-    sample_negatives = ops.NegativeSampler(train, device)
+    # A new item is not there yet: it is nobody's negative.
+    sample_negatives = ops.NegativeSampler(train, device, parts.known_items())
     pairs = train.tocoo()
     pair_user = torch.from_numpy(pairs.row).to(device).long()                            # [nnz]
     pair_item = torch.from_numpy(pairs.col).to(device).long()
@@ -225,14 +228,29 @@ def finetune(parts, init, args, seed, device="cpu", checkpoint=None):
     if not torch.isfinite(user.square().sum() + item.square().sum()):
         raise run.InputError(f"the tables are not finite at epoch {best['epoch']}; "
                              f"lower --lr (now {args.lr}) or --scale")
-    # At test the candidates leave out validation items too: they are known by then.
     valid = metrics.evaluate(user, item, train, parts.valid, KS) if has_valid else {}
-    seen = (train + parts.valid).tocsr()
+    test, place = rank_test(user, item, parts)
     result = {"seed": seed, "epoch": best["epoch"], "epochs_run": progress["epoch"],
               "seconds": round(time.time() - started, 1), "interrupted": interrupted,
-              "valid": valid, "test": metrics.evaluate(user, item, seen, parts.test, KS),
-              "history": progress["history"]}
-    return user, item, result
+              "valid": valid, "test": test, "history": progress["history"]}
+    return user, item, result, place
+
+
+def rank_test(user, item, parts):
+    """(test metrics, where each test interaction is ranked: int64 [parts.test.nnz])."""
+    # The candidates leave out validation items too: they are known by then.
+    seen, truth = train_and_valid(parts), parts.test
+    # New items are ranked among themselves.
+    if parts.new_items is not None:
+        item = item[torch.from_numpy(parts.new_items).to(item.device)]
+        seen, truth = seen[:, parts.new_items], truth[:, parts.new_items]
+    place = metrics.find(user, item, seen, truth, max(KS))
+    values = metrics.per_user(place, truth, KS)
+    return {name: float(of_users.mean()) for name, of_users in values.items()}, place
+
+
+def train_and_valid(parts):
+    return (parts.train + parts.valid).tocsr()
 
 
 def out_of_patience(values, patience):
@@ -260,9 +278,10 @@ def recommend(path, user, item, dataset, parts, top=20, all_seen=False):
     """recs.csv: each user's `top` best items with ranks and scores.
 
     As the test ranks them: without training and validation items, but held-out test items are
-    candidates. all_seen: without any item that the user is known to have, for use.
+    candidates (with --new-items too all items are). all_seen: without any item that the user is
+    known to have, for use.
     """
-    seen = parts.train + parts.valid
+    seen = train_and_valid(parts)
     if all_seen:
         seen = seen + parts.test
     n_untrained = int(np.sum(np.diff(parts.train.indptr) == 0))
@@ -280,6 +299,25 @@ def recommend(path, user, item, dataset, parts, top=20, all_seen=False):
                         writer.writerow((dataset.user_ids[u], place, dataset.item_ids[i],
                                          f"{score:.6g}"))
     run.write_file(path, write, "w")
+    print(f"wrote {path}")
+
+
+def write_per_user(path, place, dataset, parts):
+    """An .npz of the test, user by user and interaction by interaction.
+
+    user_ids [n_tested], train int [n_tested] (how many training interactions the user has),
+    recall@20 and so on float [n_tested]; and for each test interaction user (a row of user_ids),
+    item_ids, item_train (training interactions of the item), rank (1 is best, 0 below 60).
+    """
+    test = parts.test.sorted_indices().tocoo()
+    tested, of_user = np.unique(test.row, return_inverse=True)
+    degree = np.diff(parts.train.indptr)
+    item_degree = np.asarray(parts.train.sum(0), np.int64).ravel()
+    arrays = {"user_ids": dataset.user_ids[tested], "train": degree[tested]}
+    arrays |= metrics.per_user(place, parts.test, KS)
+    arrays |= {"user": of_user, "item_ids": dataset.item_ids[test.col],
+               "item_train": item_degree[test.col], "rank": place}
+    run.write_file(path, lambda file: np.savez_compressed(file, **arrays))
     print(f"wrote {path}")
 
 
@@ -303,9 +341,11 @@ def write_metrics(args, results, data_options):
         print(f"wrote {args.metrics}")
 
 
-def write_outputs(args, results, user, item, dataset, parts, data_options):
-    """What was asked for, after every seed; tables and recommendations are the first seed's."""
+def write_outputs(args, results, user, item, place, dataset, parts, data_options):
+    """What was asked for, after every seed; all but --metrics is the first seed's."""
     write_metrics(args, results, data_options)
+    if args.per_user and len(results) == 1:
+        write_per_user(args.per_user, place, dataset, parts)
     if args.out and len(results) == 1:
         meta = {"method": "LightGCN + MixGCF", "data": data_options, "init": args.init,
                 "scale": args.scale, "seed": args.seeds[0]}
@@ -371,7 +411,8 @@ def check_same_split(path, arrays, dataset, parts):
         made = ", ".join(f"{k} {v}" for k, v in arrays["meta"].get("data", {}).items())
         raise run.InputError(
             f"{path}: made from other training interactions ({made}); pass the same --data, "
-            "--valid and --split-seed, or, where the data has changed since, pre-train again")
+            "--valid, --keep, --new-items and --split-seed, or, where the data has changed since, "
+            "pre-train again")
 
 
 def scale(text):
@@ -393,6 +434,7 @@ def arguments():
     add("--scale", type=scale, help="RMS of the initial tables: asis, xavier, or a number")
     add("--seeds", type=run.non_negative, nargs="+", default=[0], help="one run each")
     add("--metrics", help="write the results here, as JSON")
+    add("--per-user", metavar="NPZ", help="write each user's test metrics here (first seed)")
     add("--out", help="write the final embeddings here, as an emb.npz (of the first seed)")
     add("--recommend", metavar="CSV", help="write each user's best items here (first seed)")
     add("--top", type=run.positive, default=20, help="how many items a user is recommended")
@@ -419,12 +461,16 @@ def check_arguments(args):
         raise run.InputError("--lr must be above 0, --l2 at least 0, both finite")
     if len(set(args.seeds)) < len(args.seeds):
         raise run.InputError("--seeds names a seed twice")
-    run.check_outputs([args.metrics, args.out, args.recommend], [args.init])
+    run.check_outputs(outputs(args), [args.init])
+
+
+def outputs(args):
+    return [args.metrics, args.out, args.recommend, args.per_user]
 
 
 def check_resumed_outputs(args, results):
     """InputError where a file was asked for that only a finished seed could have written."""
-    for path in (args.out, args.recommend):
+    for path in (args.out, args.recommend, args.per_user):
         if results and path and not os.path.exists(path):
             raise run.InputError(
                 f"{path}: belongs to seed {args.seeds[0]}, which was finished without it; leave "
@@ -435,15 +481,14 @@ def finetune_and_save(args):
     arrays, data_options = read_init(args)
     with run.main_process_first():
         dataset, parts, data_options = data.open_data(args, data_options, contents=False)
-        outputs = [args.metrics, args.out, args.recommend]
-        run.check_outputs(outputs, folder=dataset.folder)
+        run.check_outputs(outputs(args), folder=dataset.folder)
     tables = []
     if arrays is not None:
         check_same_split(args.init, arrays, dataset, parts)
         tables = [arrays[side] for side in ("user", "item") if side in arrays]
 
     options = data.training_options(args, "init", "resume", "checkpoint_every", "metrics", "out",
-                                    "recommend", "top", "all_seen")
+                                    "recommend", "top", "all_seen", "per_user")
     path = f"finetune.{run.run_id(options, parts, tables)}.ckpt"
     with run.Checkpoint(path, args.resume, args.checkpoint_every) as checkpoint:
         results = list(checkpoint.results)
@@ -454,7 +499,8 @@ def finetune_and_save(args):
         if results and run.is_main_process():
             write_metrics(args, results, data_options)  # perhaps another file than before
         for seed in args.seeds[len(results):]:
-            user, item, result = finetune(parts, arrays, args, seed, args.device, checkpoint)
+            user, item, result, place = finetune(parts, arrays, args, seed, args.device,
+                                                 checkpoint)
             result = {"data": data_options["data"], "init": args.init, "scale": args.scale,
                       **result}
             results.append(result)
@@ -462,7 +508,8 @@ def finetune_and_save(args):
             print_result(result)
             if run.is_main_process():
                 with checkpoint.kept_if_writing_fails():
-                    write_outputs(args, results, user, item, dataset, parts, data_options)
+                    write_outputs(args, results, user, item, place, dataset, parts,
+                                  data_options)
             if result["interrupted"]:
                 break
             checkpoint.finish(result)

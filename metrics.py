@@ -23,7 +23,7 @@ def rank(user, item, seen, k, users=None):
     users: whom to rank for (default: all). A user with fewer than k candidates gets scores of
     -inf in the tail.
     """
-    # In 64 bits, also on Windows: evaluate makes keys u n_items + i of them.
+    # In 64 bits, also on Windows: find makes keys u n_items + i of them.
     users = np.arange(len(user), dtype=np.int64) if users is None else np.int64(users)
     k = min(k, len(item))
     chunk_scores = CHUNK_SCORES_GPU if user.is_cuda else CHUNK_SCORES
@@ -57,34 +57,55 @@ def evaluate_plain(user, item, seen, truth, k, users):
 def evaluate(user, item, seen, truth, ks=(20, 40, 60)):
     """The same, vectorised: means over the users that have at least one item in `truth`.
 
-    recall@k = hits / |truth_u|; ndcg@k = DCG / the DCG of an ideal ranking, whose first
-    min(k, |truth_u|) positions are hits. truth: CSR [n_users, n_items] that shares no entry
-    with seen. Several processes rank a share of the users each and get the same means.
+    truth: CSR [n_users, n_items] that shares no entry with seen.
+    """
+    place = find(user, item, seen, truth, max(ks))
+    values = per_user(place, truth, ks)
+    return {name: float(of_users.mean()) for name, of_users in values.items()}
+
+
+def find(user, item, seen, truth, top):
+    """Where each entry of truth is ranked for its user: int64 [nnz], 1 is best, 0 below `top`.
+
+    In the order of truth's entries, row by row and by column. Several processes rank a share of
+    the users each and get the same.
     """
     n_items, device = truth.shape[1], user.device
-    n_relevant = np.diff(truth.indptr)                                                # [n_users]
-    users = np.flatnonzero(n_relevant)
+    users = np.flatnonzero(np.diff(truth.indptr))
     if not len(users):
         raise ValueError("no user has an item to be ranked for")
-    # A ranked item is a hit where its key is among the sorted keys of the truth.
-    pairs = truth.tocoo()
-    keys = np.sort(pairs.row.astype(np.int64) * n_items + pairs.col)
-    keys = torch.from_numpy(keys).to(device)
-    top = max(ks)
-    positions = torch.arange(1, top + 1, dtype=torch.float64, device=device)
-    discount = 1 / torch.log2(positions + 1)                                             # [top]
-    ideal_dcg = discount.cumsum(0)
-    names = [f"{name}@{k}" for k in ks for name in ("recall", "ndcg")]
-    total = torch.zeros(len(names), dtype=torch.float64, device=device)
+    # A ranked item is in the truth where its key u n_items + i is among the sorted keys.
+    pairs = truth.sorted_indices().tocoo()
+    keys = torch.from_numpy(pairs.row.astype(np.int64) * n_items + pairs.col).to(device)
+    place = torch.zeros(len(keys), dtype=torch.int64, device=device)
+    position = torch.arange(1, top + 1, device=device)                                   # [top]
     for chunk, _, ranked in rank(user, item, seen, top, users[run.my_share()]):
         query = torch.from_numpy(chunk).to(device)[:, None] * n_items + ranked        # [c, top]
-        place = torch.searchsorted(keys, query).clamp_(max=len(keys) - 1)
-        hit = (keys[place] == query).double()
-        gain = hit * discount[:hit.shape[1]]
-        n = torch.from_numpy(n_relevant[chunk]).to(device)
-        sums = []
-        for k in ks:
-            sums.append((hit[:, :k].sum(1) / n).sum())
-            sums.append((gain[:, :k].sum(1) / ideal_dcg[n.clamp(max=k) - 1]).sum())
-        total += torch.stack(sums)
-    return dict(zip(names, (run.all_sum(total) / len(users)).tolist()))
+        entry = torch.searchsorted(keys, query).clamp_(max=len(keys) - 1)
+        is_hit = keys[entry] == query
+        # An entry is found at one position at most; what is no hit adds 0 somewhere.
+        found = is_hit * position[:is_hit.shape[1]]
+        place.index_add_(0, entry.flatten(), found.flatten())
+    return run.all_sum(place).cpu().numpy()
+
+
+def per_user(place, truth, ks):
+    """{"recall@20": float64 [users with an item in truth], ...} of what `find` returns.
+
+    recall@k = hits / |truth_u|; ndcg@k = DCG / the DCG of an ideal ranking, whose first
+    min(k, |truth_u|) positions are hits.
+    """
+    n_relevant = np.diff(truth.indptr)
+    n_relevant = n_relevant[n_relevant > 0]                                         # [n_tested]
+    start = np.cumsum(n_relevant) - n_relevant
+    position = np.arange(1, max(ks) + 1, dtype=np.int64)
+    discount = 1 / np.log2(position + 1)
+    ideal_dcg = np.cumsum(discount)
+    values = {}
+    for k in ks:
+        is_hit = (place > 0) & (place <= k)
+        gain = np.where(is_hit, discount[np.clip(place, 1, k) - 1], 0)
+        values[f"recall@{k}"] = np.add.reduceat(is_hit, start, dtype=np.float64) / n_relevant
+        dcg = np.add.reduceat(gain, start)
+        values[f"ndcg@{k}"] = dcg / ideal_dcg[np.minimum(n_relevant, k) - 1]
+    return values

@@ -52,7 +52,7 @@ DEFAULTS = dict(
     cima="softmax",      # paper: Eq. 11 as printed is undefined
     bias="global",       # paper: none; ours learns the base rate
     lr=1e-2,             # paper: usually 1e-3; ours needs fewer epochs
-    weight_decay=0.75,   # paper: none; times (1 - lam) / n_users
+    weight_decay=2,      # paper: none; times (1 - lam) / training interactions
     batch=2048,          # paper: 2048, users and CIMA's items
     epochs=1000,         # paper: not said; at most
     patience=100,        # paper: not said; epochs without a better validation
@@ -60,6 +60,8 @@ DEFAULTS = dict(
 )
 
 ALL = slice(None)  # every node: x[ALL] is x itself, where x[arange(n)] would copy it
+
+DEAD = 1e-3  # a modality whose attention, or whose variance over the nodes, is below this
 
 CLEARLY_BELOW = 0.98  # a loss is clearly below another one where it is below this share of it
 
@@ -170,7 +172,8 @@ class Tower(nn.Module):
         if graph is not None:
             self.modalities.append("G")
             width["G"] = dim
-            present.append(torch.ones(n, dtype=torch.bool))
+            # Who has no neighbour has no graph modality either.
+            present.append(graph.inverse_degree[:, 0].cpu() > 0)
         present = torch.stack(present, 1) if present else torch.ones(n, 0, dtype=torch.bool)
         self.register_buffer("present", present, persistent=False)                      # [n, M]
         self.W = nn.ModuleDict()             # (Eq. 6, 12): .weight [d, d_m] is W_m^T, .bias b_m
@@ -206,19 +209,42 @@ class Tower(nn.Module):
             e = torch.where(present.any(1, keepdim=True), e, self.fallback[nodes])
         return e, alpha, projected
 
+    def all_nodes(self, chunk=32_768):
+        """int64 indices of all nodes, in chunks, so that no [n, M, d] of all nodes is held."""
+        return torch.arange(len(self.present), device=self.present.device).split(chunk)
+
     @torch.no_grad()
-    def embed(self, chunk=32_768):
-        """(e [n, d] of all nodes, {modality: its mean attention over the nodes that have it})."""
-        nodes = torch.arange(len(self.present), device=self.present.device)
-        # In chunks, so that no [n, M, d] of all nodes is held.
-        e, alpha = [], []
-        for part in nodes.split(chunk):
-            e_part, alpha_part, _ = self(part)
-            e.append(e_part)
-            alpha.append(alpha_part)
-        n_present = self.present.sum(0).clamp(min=1)                                       # [M]
-        attention = torch.cat(alpha).sum(0) / n_present
-        return torch.cat(e), dict(zip(self.modalities, attention.tolist()))
+    def embed(self):
+        """e [n, d] of all nodes."""
+        return torch.cat([self(nodes)[0] for nodes in self.all_nodes()])
+
+    @torch.no_grad()
+    def state(self):
+        """{modality: {"attention", "cut", "variance"}}, over the nodes that have the modality.
+
+        attention: the mean alpha; cut: the share of logits a . e'^m that the ReLU makes 0;
+        variance: the mean squared distance of e'^m from its mean. Where that is 0 the modality
+        says the same of every node.
+        """
+        if not self.modalities:
+            return {}
+        n = self.present.sum(0).clamp(min=1)                                               # [M]
+        attention = cut = total = square = 0
+        for nodes in self.all_nodes():
+            _, alpha, projected = self(nodes)
+            present = self.present[nodes]                                               # [b, M]
+            attention += alpha.sum(0)
+            cut += (present & (projected @ self.a <= 0)).sum(0)
+            projected = (projected * present[:, :, None]).double()
+            total += projected.sum(0)                                                   # [M, d]
+            square += projected.square().sum((0, 2))                                       # [M]
+        variance = (square / n - (total / n[:, None]).square().sum(1)).clamp(min=0)
+        values = zip((attention / n).tolist(), (cut / n).tolist(), variance.tolist())
+        state = {}
+        for name, somebody_has_it, of_it in zip(self.modalities, self.present.any(0), values):
+            if somebody_has_it:
+                state[name] = dict(zip(("attention", "cut", "variance"), of_it))
+        return state
 
 
 def xavier_table(n, dim):
@@ -253,14 +279,15 @@ class MMCPR(nn.Module):
     """Both towers, and the bias of the score, which is trained but not written to emb.npz.
 
     R: CSR [n_users, n_items]; features: {"R": [n_users, d_m], "T", "V": [n_items, d_m]}, any
-    subset; bias: "global", one number, or "none", as in Eq. 15. `objective` below is what
-    is computed in a step.
+    subset; bias: "global", one number, or "none", as in Eq. 15; known_items: int64, those that
+    Eq. 15 scores, None: all. `objective` below is what is computed in a step.
     """
 
     def __init__(self, R, features, modalities="RTVG", dim=64, n_layers=2, bias="global",
-                 device="cpu"):
+                 device="cpu", known_items=None):
         super().__init__()
-        n_users, self.n_items = R.shape
+        n_users, n_items = R.shape
+        self.known_items = ALL if known_items is None else torch.from_numpy(known_items).to(device)
         # Both graphs come from the training interactions alone.
         user_graph = item_graph = None
         if "G" in modalities:
@@ -269,13 +296,13 @@ class MMCPR(nn.Module):
         user_features = {m: features[m] for m in "R" if m in features}
         item_features = {m: features[m] for m in "TV" if m in features}
         self.user_tower = Tower(n_users, user_features, user_graph, dim, n_layers)
-        self.item_tower = Tower(self.n_items, item_features, item_graph, dim, n_layers)
+        self.item_tower = Tower(n_items, item_features, item_graph, dim, n_layers)
         if bias == "none":
             self.register_buffer("bias", torch.zeros(1), persistent=False)
         else:
             # It starts at the log-odds of the density, about -7. Without it e_u . e_i would have
             # to learn that constant.
-            density = R.nnz / n_users / self.n_items
+            density = R.nnz / n_users / n_items
             log_odds = float(np.log(density / (1 - density)))
             self.bias = nn.Parameter(torch.full((1,), log_odds))
         self.to(device)
@@ -287,18 +314,20 @@ class MMCPR(nn.Module):
         return self.item_tower.present[:, :2].all(1).nonzero()[:, 0]
 
     def embed(self):
-        """(user [n_users, d], item [n_items, d], {side: its mean attention})."""
-        user, user_attention = self.user_tower.embed()
-        item, item_attention = self.item_tower.embed()
-        return user, item, {"user": user_attention, "item": item_attention}
+        """(user [n_users, d], item [n_items, d])."""
+        return self.user_tower.embed(), self.item_tower.embed()
+
+    def state(self):
+        """{side: Tower.state()}."""
+        return {"user": self.user_tower.state(), "item": self.item_tower.state()}
 
 
 def objective(model, R, users, cima_items, positives_per_block, lam=0.2, tau=0.1,
               reading="softmax"):
     """L = lam L1 + (1 - lam) L2 of one step (Eq. 16).
 
-    R: CSR tensor [n_users, n_items]; users int64 [B]: the block of users; cima_items int64 [N];
-    positives_per_block: the mean number of training interactions in a block.
+    R: CSR tensor [n_users, n_items], of known items; users int64 [B]: the block of users;
+    cima_items int64 [N]; positives_per_block: the mean number of training interactions in a block.
 
     L1 and L2 are sums. The loss is L / positives_per_block: one constant under both, so that lam
     weighs them as in the paper and the size of a block does not matter:
@@ -319,7 +348,8 @@ def objective(model, R, users, cima_items, positives_per_block, lam=0.2, tau=0.1
     if lam < 1:
         users = users[run.my_share()]
         user, _, _ = model.user_tower(users)                                            # [B, d]
-        bias = model.bias.expand(model.n_items)
+        item = item[model.known_items]
+        bias = model.bias.expand(len(item))
         rows, cols = ops.row_entries(R, users)
         l2 = ops.bce(user, item, bias, rows, cols) / positives_per_block                # (Eq. 15)
     loss = lam * l1 * len(cima_items) / positives_per_block + (1 - lam) * l2
@@ -363,14 +393,15 @@ def pretrain(parts, features, args, device="cpu", checkpoint=None):
     started = time.time()
     checkpoint = checkpoint or run.Checkpoint()
     train = parts.train
-    R = ops.sparse_tensor(train, device)
-    model = MMCPR(train, features, args.modalities, args.dim, args.layers, args.bias, device)
+    known_items = parts.known_items()
+    R = ops.sparse_tensor(train if known_items is None else train[:, known_items], device)
+    model = MMCPR(train, features, args.modalities, args.dim, args.layers, args.bias, device,
+                  known_items)
     print_graphs(model)
     cima_items, heldout_items = choose_cima_items(model, args)
-    # In a step a user's row gets about 1 / n_users of the loss's gradient, so the decay is divided
-    # alike, or it would weigh more the larger the data is. And it shrinks with BCE's weight
-    # 1 - lam, or with a large lam little else would move the tables.
-    decay = args.weight_decay * (1 - args.lam) / R.shape[0]
+    # The loss is per positive. So a Gaussian prior of precision c on every entry, beside the sum of
+    # Eq. 15, is a decay of c / nnz; and it shrinks with the weight of that sum, 1 - lam.
+    decay = args.weight_decay * (1 - args.lam) / train.nnz
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, weight_decay=decay, fused=True)
     popularity = popularity_loss(train)
 
@@ -413,7 +444,7 @@ def pretrain(parts, features, args, device="cpu", checkpoint=None):
     bar.close()
 
     model.load_state_dict(progress["best"]["weights"])
-    user, item, attention = model.embed()
+    user, item = model.embed()
     best = progress["best"]
     if not torch.isfinite(user.square().sum() + item.square().sum()):
         raise run.InputError(f"the tables are not finite at epoch {best['epoch']}; "
@@ -425,7 +456,7 @@ def pretrain(parts, features, args, device="cpu", checkpoint=None):
     report = {
         "epoch": best["epoch"], "epochs_run": progress["epoch"], "interrupted": interrupted,
         "seconds": round(time.time() - started, 1),
-        "losses": {"cima": best["cima"], "bce": best["bce"]}, "attention": attention,
+        "losses": {"cima": best["cima"], "bce": best["bce"]}, "modalities": model.state(),
         "alignment": alignment(model, pairs) | {"held_out": len(heldout_items) > 0},
         "popularity_loss": popularity, "valid": {"recall@20": recall},
         "rms": {"user": rms(user), "item": rms(item), "all": rms(torch.cat([user, item]))},
@@ -456,7 +487,7 @@ def validate(model, parts, heldout_items, epoch, args):
             loss = cima(projected[:, 0], projected[:, 1], args.tau, args.cima).item()
         return -loss, {"held_out_cima": loss}
     if parts.valid.nnz:
-        user, item, _ = model.embed()
+        user, item = model.embed()
         recall = validation_recall(user, item, parts)
         return recall, {"recall@20": recall}
     return epoch, {}  # so that the last one is chosen
@@ -539,10 +570,8 @@ def print_report(report):
     if report["losses"]["bce"] >= CLEARLY_BELOW * popularity and not report["interrupted"]:
         print("that is hardly better than popularity alone: "
               "try --weight-decay 0, then another --lr")
-    for side, attention in report["attention"].items():
-        weights = ", ".join(f"{m} {weight:.3f}" for m, weight in attention.items())
-        nothing = "none: this side has no modality, each node has a row of its own"
-        print(f"mean attention where present, {side}s: {weights or nothing}")
+    for side, modalities in report["modalities"].items():
+        print_modalities(side, modalities)
     pairs = report["alignment"]
     if "pairs" in pairs:
         kind = "held-out" if pairs["held_out"] else "training"
@@ -556,14 +585,30 @@ def print_report(report):
     print(f"RMS of the entries: {entries}")
 
 
+def print_modalities(side, modalities):
+    """One line of a side's modalities, and one for each that says nothing."""
+    texts = []
+    for name, of_it in modalities.items():
+        texts.append(f"{name} {of_it['attention']:.3f} (cut {of_it['cut']:.2f}, "
+                     f"varies {of_it['variance']:.2g})")
+    nothing = "none: this side has no modality, each node has a row of its own"
+    print(f"mean attention where present, {side}s: {', '.join(texts) or nothing}")
+    for name, of_it in modalities.items():
+        if min(of_it["attention"], of_it["variance"]) < DEAD:
+            print(f"{name} is dead among the {side}s: its attention or its variance is below "
+                  f"{DEAD:g}; try a lower --weight-decay, or leave it out by --modalities")
+
+
 # --- The command line ---------------------------------------------------------------------
 
 def modalities(text):
-    """argparse type: a subset of RTVG."""
+    """argparse type: a subset of RTVG, or none."""
     text = text.upper()
+    if text == "NONE":
+        return ""
     if not text or set(text) - set("RTVG"):
         raise argparse.ArgumentTypeError(
-            "letters of R (reviews), T (text), V (image), G (graphs)")
+            "letters of R (reviews), T (text), V (image), G (graphs), or none")
     return text
 
 
@@ -573,7 +618,8 @@ def arguments():
         formatter_class=run.Help)
     add = parser.add_argument
     add("--out", default="emb.npz", help="where the embeddings go")
-    add("--modalities", type=modalities, default="RTVG", help="subset of R, T, V, G (Figure 3)")
+    add("--modalities", type=modalities, default="RTVG",
+        help="subset of R, T, V, G (Figure 3); none: Eq. 15 alone, on trained tables")
     add("--lam", type=run.fraction, help="weight of CIMA; 0 drops it, 1 drops BCE (Eq. 16)")
     add("--tau", type=float, help="CIMA's temperature")
     add("--cima", choices=("softmax", "bce"), help="reading of Eq. 11")
@@ -581,7 +627,7 @@ def arguments():
     add("--layers", type=run.non_negative, help="LightGCN layers of the graph encoder")
     add("--dim", type=run.positive, help="width d of the common space")
     add("--lr", type=float, help="Adam's learning rate")
-    add("--weight-decay", type=float, help="Adam's is this times (1 - lam) / n_users")
+    add("--weight-decay", type=float, help="Adam's is this times (1 - lam) / interactions")
     add("--batch", type=run.positive, help="users in a block, items in CIMA's N x N")
     add("--epochs", type=run.positive, help="at most; one is a pass over the users")
     add("--patience", type=run.positive, help="epochs without a better validation Recall@20")

@@ -394,8 +394,15 @@ class NegativeSampler:
     search finds its number among the sorted ones of training.
     """
 
-    def __init__(self, train, device="cpu"):
-        """train: CSR [n_users, n_items] with sorted indices; device: where it draws."""
+    def __init__(self, train, device="cpu", items=None):
+        """train: CSR [n_users, n_items] with sorted indices; device: where it draws.
+
+        items: int64, sorted, the only ones that are drawn; None: all.
+        """
+        self.items = None
+        if items is not None:
+            train = train[:, items]
+            self.items = torch.from_numpy(items).to(device)
         self.n_items, self.device = train.shape[1], device
         pairs = train.tocoo()
         keys = pairs.row.astype(np.int64) * self.n_items + pairs.col
@@ -416,4 +423,6 @@ class NegativeSampler:
             unchecked = unchecked[redraw]
             drawn[unchecked] = torch.randint(self.n_items, (len(unchecked),),
                                              device=self.device)
+        if self.items is not None:
+            drawn = self.items[drawn]
         return drawn.view(-1, m)

@@ -141,7 +141,7 @@ def no_space(*args, **kwargs):
 
 # --- Folders that cannot be read ------------------------------------------------------------
 
-TOO_FEW = csv_text("user,item", [(f"u{n // 4}", f"i{n % 4}") for n in range(12)])
+TOO_FEW = csv_text("user,item", [(f"u{u}", f"i{u}") for u in range(3)])  # one each
 
 
 @pytest.mark.parametrize("name, content, words", [
@@ -452,13 +452,15 @@ def test_damaged_avif_is_left_out():
 
 @pytest.mark.parametrize("valid", [0, 0.1, 0.5, 1])
 def test_split_counts(valid):
-    """floor(n_u / 5) to test, round(valid * training) to validation, and each user keeps one."""
+    """max(1, floor(0.8 n_u)) to training, the rest to test; of the training interactions
+    round(valid * training) to validation, and each user keeps one."""
     users = np.repeat(np.arange(40), 1 + np.arange(40) % 13)
     users = np.random.default_rng(3).permutation(users)
     part, n = data.split(users, 1, valid), np.bincount(users)
-    assert np.array_equal(np.bincount(users[part == data.TEST], minlength=40), n // 5)
+    n_train = np.maximum(1, np.floor(0.8 * n)).astype(int)
+    assert np.array_equal(np.bincount(users[part == data.TEST], minlength=40), n - n_train)
     assert np.bincount(users[part == data.TRAIN], minlength=40).min() >= 1
-    n_rest = len(users) - np.sum(n // 5)
+    n_rest = np.sum(n_train)
     assert np.sum(part == data.VALID) == min(round(valid * n_rest), n_rest - 40)
 
 
@@ -475,6 +477,51 @@ def test_split_is_uniform_over_a_users_interactions():
     users = np.zeros(10, int)
     tested = np.mean([data.split(users, seed) == data.TEST for seed in range(1000)], axis=0)
     assert np.all(np.abs(tested - 0.2) < 6 * np.sqrt(0.2 * 0.8 / 1000))
+
+
+def test_kept_training_is_nested_and_leaves_the_rest_alone():
+    """round(share * n_u), at least one, of each user's training interactions; what a share keeps
+    a larger one keeps; validation and test stay; another seed keeps others."""
+    users = np.random.default_rng(4).permutation(np.repeat(np.arange(30), 1 + np.arange(30)))
+    part = data.split(users)
+    n_train = np.bincount(users[part == data.TRAIN], minlength=30)
+    before = np.zeros(len(users), bool)
+    for share in (0.1, 0.2, 0.4, 0.7, 1):
+        kept = data.drop_training(part, users, share, 0)
+        is_kept = kept == data.TRAIN
+        want = np.maximum(1, np.floor(share * n_train + 0.5))
+        assert np.array_equal(np.bincount(users[is_kept], minlength=30), want)
+        assert np.all(before <= is_kept)
+        before = is_kept
+        is_other = part != data.TRAIN
+        assert np.array_equal(kept[is_other], part[is_other])
+    other = data.drop_training(part, users, 0.4, 1)
+    assert np.any(other != data.drop_training(part, users, 0.4, 0))
+
+
+def test_new_items_are_tested_and_nothing_else(tmp_path, capsys):
+    """A tenth of the items: all their interactions are test, the others' test is dropped. Who is
+    left without training is not tested."""
+    write_shop(tmp_path / "shop")
+    dataset = data.load(str(tmp_path / "shop"))
+    usual = data.split_dataset(dataset)
+    parts = data.split_dataset(dataset, share_new=0.1)
+    assert len(parts.new_items) == 3 and "on 3 new items" in capsys.readouterr().out
+    is_new = np.isin(np.arange(30), parts.new_items)
+    whole = (usual.train + usual.valid + usual.test).toarray() > 0
+    has_training = (parts.train.toarray() > 0).any(1)
+    assert np.array_equal(parts.test.toarray() > 0, whole & is_new & has_training[:, None])
+    assert np.array_equal(parts.known_items(), np.flatnonzero(~is_new))
+    for name in ("train", "valid"):
+        want = (getattr(usual, name).toarray() > 0) & ~is_new
+        assert np.array_equal(getattr(parts, name).toarray() > 0, want)
+
+
+@pytest.mark.parametrize("share", [0.001, 1])
+def test_new_items_that_leave_nothing(tmp_path, capsys, share):
+    write_shop(tmp_path / "shop")
+    assert prepare(tmp_path / "shop", "--new-items", share) == 2
+    assert f"--new-items {share:g} makes" in only_error(capsys)
 
 
 def test_published_labels_are_respected(tmp_path):
@@ -1667,7 +1714,7 @@ def test_recbole_file(tmp_path, capsys):
     assert set(dataset.item_ids) == {f"B00{k}" for k in range(7)}
     rows = [line.split("\t") for line in RECBOLE.splitlines()[1:]]
     assert set.union(*pairs.values()) == {(user, item) for user, item, _, _ in rows}
-    assert parts.test.nnz == 4
+    assert parts.test.nnz == 8  # of seven interactions each, two
     out = capsys.readouterr().out
     assert "(not read: timestamp:float)" in out
     assert "all ratings count as positive" in out

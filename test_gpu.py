@@ -5,7 +5,6 @@ Each test runs on the CPU too, where there is something to be seen.
 import contextlib
 import subprocess
 import sys
-from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -74,11 +73,11 @@ def test_pretraining_epochs_are_those_of_a_plain_trainer(monkeypatch, device):
         return objective(model, R, users, cima_items, *rest)
 
     monkeypatch.setattr(mmcpr, "objective", spy)
-    parts = Namespace(train=train, valid=sp.csr_matrix((40, 30)))
+    parts = data.Parts(train, sp.csr_matrix((40, 30)), None, None, "")
     _, _, report = mmcpr.pretrain(parts, features, args, device)
     model = plain_towers(train, features, steps[0][0], device)
     R, every_item = ops.sparse_tensor(train, device), torch.arange(30, device=device)
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.05, weight_decay=0.75 * 0.8 / 40,
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.05, weight_decay=2 * 0.8 / train.nnz,
                                  foreach=False, fused=False)
     per_block, losses = 17 * train.nnz / 40, []
     for _, users, cima_items in steps:

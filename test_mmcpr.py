@@ -11,7 +11,6 @@ import socket
 import subprocess
 import sys
 import time
-from argparse import Namespace
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -55,6 +54,21 @@ def test_metrics_ideal_is_cut_at_k():
     truth = sp.csr_matrix([[1, 1, 1, 0]])
     got = metrics.evaluate(torch.ones(1, 1), item, sp.csr_matrix((1, 4)), truth, (2,))
     assert got == pytest.approx({"recall@2": 2 / 3, "ndcg@2": 1})
+
+
+def test_place_of_every_test_interaction():
+    """Where a sort has it, without the seen items; 0 below the top; in the order of truth."""
+    rng = np.random.default_rng(2)
+    user, item = torch.randn(6, 4), torch.randn(30, 4)
+    seen = binary(rng, 6, 30, 0.2)
+    truth = sp.csr_matrix(binary(rng, 6, 30, 0.3, empty_row=2).toarray() * (1 - seen.toarray()))
+    want = []
+    for u, i in zip(*truth.nonzero()):
+        order = [j for j in (-(item @ user[u])).argsort().tolist() if not seen[u, j]]
+        place = order.index(i) + 1
+        want.append(place if place <= 12 else 0)
+    got = metrics.find(user, item, seen, truth, 12)
+    assert got.tolist() == want and 0 in want and max(want) > 5
 
 
 @pytest.mark.parametrize("chunk", [1, 60, 1 << 20])
@@ -370,6 +384,49 @@ def test_tower_projects_normalised_features_and_the_graph():
     assert model.a.grad.any() and model.fallback is None
 
 
+def test_a_node_without_neighbours_has_no_graph_modality():
+    """Its attention to G is exactly 0; with nothing else it uses its fallback row."""
+    R = binary(np.random.default_rng(7), 10, 12, 0.3, empty_row=4)
+    text = np.random.default_rng(8).normal(size=(10, 5))
+    graph = ops.CoInteractionGraph(R)
+    e, alpha, projected = mmcpr.Tower(10, {"T": text}, graph, dim=4)(torch.arange(10))
+    assert alpha[4].tolist() == [1, 0] and (alpha[np.arange(10) != 4] > 0).all()
+    torch.testing.assert_close(e[4], projected[4, 0])
+    alone = mmcpr.Tower(10, {}, graph, dim=4)
+    torch.testing.assert_close(alone(torch.arange(10))[0][4], alone.fallback[4])
+    # Where nobody has it there is nothing to tell of it.
+    nobody = ops.CoInteractionGraph(sp.csr_matrix((10, 12), dtype=np.float32))
+    assert set(mmcpr.Tower(10, {"T": text}, nobody, dim=4).state()) == {"T"}
+
+
+def test_state_of_the_modalities_against_the_loop():
+    """Mean attention, share of logits cut to 0, variance of the projection: over who has it."""
+    rng = np.random.default_rng(10)
+    text, image = rng.normal(size=(40, 5)), rng.normal(size=(40, 3))
+    text[:7] = np.nan
+    tower = mmcpr.Tower(40, {"T": text, "V": image}, None, dim=4)
+    nodes = torch.arange(40)
+    _, alpha, projected = tower(nodes)
+    state = tower.state()
+    for m, name in enumerate("TV"):
+        has = nodes[7:] if name == "T" else nodes
+        p = projected[has, m].detach()
+        logits = [float(row @ tower.a.detach()) for row in p]
+        want = {"attention": alpha[has, m].mean().item(),
+                "cut": np.mean([logit <= 0 for logit in logits]),
+                "variance": (p - p.mean(0)).square().sum(1).mean().item()}
+        assert state[name] == pytest.approx(want, rel=1e-5)
+        assert 0 < state[name]["cut"] < 1
+
+
+def test_a_dead_modality_is_told(capsys):
+    alive = {"attention": 0.5, "cut": 0.1, "variance": 0.2}
+    mmcpr.print_modalities("item", {"T": alive, "V": alive | {"variance": 1e-4}})
+    out = capsys.readouterr().out
+    assert "items: T 0.500 (cut 0.10, varies 0.2), V 0.500" in out
+    assert "V is dead among the items" in out and "T is dead" not in out
+
+
 def test_a_modality_that_nobody_has_changes_nothing():
     """All rows NaN: no attention, and finite values and gradients."""
     image = np.random.default_rng(9).normal(size=(5, 3))
@@ -477,7 +534,7 @@ def test_reported_bce_is_per_positive_whatever_the_last_block(batch):
     train = matrix_of(pairs, 40, 30)
     args = mmcpr.arguments().parse_args(
         ["--lr", "1e-12", "--epochs", "1", "--batch", str(batch), "--bias", "none"])
-    parts = Namespace(train=train, valid=sp.csr_matrix((40, 30)))
+    parts = data.Parts(train, sp.csr_matrix((40, 30)), None, None, "")
     user, item, report = mmcpr.pretrain(parts, {"T": text, "V": image}, args)
     tables = torch.from_numpy(user).double(), torch.from_numpy(item).double()
     rows, cols = ops.row_entries(ops.sparse_tensor(train), torch.arange(40))
@@ -504,7 +561,7 @@ def test_cima_aligns_and_its_absence_does_not():
     truth, views = rng.normal(size=(300, 8)), []
     for _ in range(2):
         views.append(truth @ rng.normal(size=(8, 12)) + 0.3 * rng.normal(size=(300, 12)))
-    parts = Namespace(train=matrix_of(pairs, 60, 300), valid=sp.csr_matrix((60, 300)))
+    parts = data.Parts(matrix_of(pairs, 60, 300), sp.csr_matrix((60, 300)), None, None, "")
     found = {}
     for lam in ("0", "0.2"):
         args = mmcpr.arguments().parse_args(
@@ -524,7 +581,7 @@ def test_contents_rank_items_nobody_trained_on():
     train, test = matrix_of(pairs[~is_new], 120, 90), matrix_of(pairs[is_new], 120, 90)
     args = mmcpr.arguments().parse_args(
         ["--modalities", "TV", "--epochs", "150", "--lr", "0.01", "--dim", "16"])
-    parts = Namespace(train=train, valid=sp.csr_matrix((120, 90)))
+    parts = data.Parts(train, sp.csr_matrix((120, 90)), None, None, "")
     user, item, _ = mmcpr.pretrain(parts, {"T": text, "V": image}, args)
     not_new = sp.csr_matrix(np.tile((np.arange(90) < 70) * 1.0, (120, 1)))
 
@@ -577,7 +634,7 @@ def test_pretrain_then_finetune(trained, capsys):
     assert arrays["user"].shape == (40, 8) and arrays["item"].shape == (30, 8)
     assert arrays["item"].dtype == np.float32 and list(arrays["item_ids"][:2]) == ["i0", "i1"]
     assert arrays["meta"]["data"]["valid"] == 0.1
-    assert set(arrays["meta"]["report"]["attention"]["item"]) == set("TVG")
+    assert set(arrays["meta"]["report"]["modalities"]["item"]) == set("TVG")
     (trained / "elsewhere").mkdir()
     os.chdir(trained / "elsewhere")
     assert call(finetune.main, "--init", "../emb.npz", "--epochs", 6, "--candidates", 4,
@@ -606,6 +663,85 @@ def test_pretrain_then_finetune(trained, capsys):
     assert "recall@20" in capsys.readouterr().out
 
 
+def test_per_user_file_is_the_test_user_by_user(trained):
+    """Its means are the metrics that are printed; ranks, users and items are those of recs.csv."""
+    assert call(finetune.main, "--init", "emb.npz", "--epochs", 4, "--metrics", "m.json",
+                "--per-user", "users.npz", "--recommend", "recs.csv", "--top", 60) == 0
+    test = json.loads(Path("m.json").read_text())["test"]
+    parts = data.split_dataset(data.load("shop", contents=False))
+    with np.load("users.npz", allow_pickle=False) as file:
+        found = {name: file[name] for name in file.files}
+    for name, value in test.items():
+        assert found[name].mean() == pytest.approx(value, abs=1e-12)
+    assert len(found["user_ids"]) == np.sum(np.diff(parts.test.indptr) > 0)
+    columns = folders.read_csv("recs.csv", ("user", "rank", "item", "score"))
+    rank = {}
+    for u, place, i in zip(columns["user"], columns["rank"], columns["item"]):
+        rank[u, i] = int(place)
+    assert len(found["rank"]) == parts.test.nnz
+    for u, i, place in zip(found["user"], found["item_ids"], found["rank"]):
+        assert rank[str(found["user_ids"][u]), str(i)] == place
+    dataset = data.load("shop", contents=False)
+    of_user = {name: parts.train[[row]].nnz for row, name in enumerate(dataset.user_ids)}
+    of_item = {name: parts.train[:, [row]].nnz for row, name in enumerate(dataset.item_ids)}
+    assert found["train"].tolist() == [of_user[name] for name in found["user_ids"].tolist()]
+    assert found["item_train"].tolist() == [of_item[name] for name in found["item_ids"].tolist()]
+
+
+def test_kept_share_goes_with_the_tables(trained, capsys):
+    """finetune.py takes it from emb.npz; another one is another split."""
+    assert call(mmcpr.main, "--data", "shop", *QUICK, "--keep", 0.5, "--out", "e.npz") == 0
+    n_train = data.split_dataset(data.load("shop", contents=False), share=0.5).train.nnz
+    capsys.readouterr()
+    assert call(finetune.main, "--init", "e.npz", "--epochs", 1, "--per-user", "u.npz") == 0
+    out = capsys.readouterr().out
+    assert f"split: {n_train} training" in out and "--keep 0.5" in out
+    with np.load("u.npz", allow_pickle=False) as file:
+        assert file["train"].sum() <= n_train
+    assert call(finetune.main, "--init", "e.npz", "--epochs", 1, "--keep", 1) == 2
+    assert "made from other training interactions" in capsys.readouterr().err
+
+
+def test_new_items_are_nobodys_negatives():
+    """Eq. 15 and the sampler leave them out: what is not there yet has not been passed over."""
+    rng = np.random.default_rng(3)
+    train = binary(rng, 20, 12, 0.3).tolil()
+    train[:, [2, 7]] = 0
+    train = train.tocsr()
+    train.sort_indices()
+    known = np.setdiff1d(np.arange(12), [2, 7])
+    drawn = ops.NegativeSampler(train, items=known)(torch.arange(20), 300)
+    for user in range(20):
+        assert set(drawn[user].tolist()) == set(known) - set(train[[user]].indices)
+    model = mmcpr.MMCPR(train, {}, "G", 4, known_items=known)
+    R = ops.sparse_tensor(train[:, known])
+    _, l2, loss = mmcpr.objective(model, R, torch.arange(20), torch.empty(0, dtype=int), 1.0, 0)
+    user, item = model.embed()
+    want = 0
+    for u in range(20):
+        for i in known:
+            p = torch.sigmoid(user[u] @ item[i] + model.bias).item()
+            want -= np.log(p) if train[u, i] else np.log(1 - p)
+    assert l2.item() == pytest.approx(want, rel=1e-4)
+    loss.backward()
+    assert not model.item_tower.fallback.grad[[2, 7]].any()
+
+
+def test_new_items_are_ranked_among_themselves(trained, capsys):
+    """From the contents, which know the planted tastes, better than by chance."""
+    flags = ("--data", "shop", "--new-items", 0.5)
+    assert call(mmcpr.main, *flags, "--epochs", 60, "--dim", 8, "--modalities", "TV",
+                "--out", "e.npz") == 0
+    assert call(finetune.main, "--init", "e.npz", "--epochs", 0, "--metrics", "m.json",
+                "--per-user", "u.npz") == 0
+    assert "on 15 new items" in capsys.readouterr().out
+    with np.load("u.npz", allow_pickle=False) as file:
+        place, item_train = file["rank"], file["item_train"]
+    # All fifteen are ranked, so every test item has a place; by chance the mean of it is 8.
+    assert place.min() >= 1 and place.max() <= 15 and not item_train.any()
+    assert place.mean() < 7
+
+
 def test_same_seed_same_bytes(trained):
     """Same seed, same machine, same result, in another process too; another seed another one."""
     tables = data.load_embeddings("emb.npz")
@@ -631,15 +767,15 @@ def test_same_seed_same_bytes(trained):
     assert summary["std"]["ndcg@40"] == pytest.approx(np.std(values, ddof=1))
 
 
-@pytest.mark.parametrize("subset", ["R", "T", "V", "G", "TV", "RG", "RTVG"])
+@pytest.mark.parametrize("subset", ["R", "T", "V", "G", "TV", "RG", "RTVG", ""])
 def test_any_subset_of_modalities(trained, subset):
     """Figure 3: every subset trains; a side that is left with nothing has rows of its own."""
-    assert call(mmcpr.main, "--data", "shop", *QUICK, "--modalities", subset,
+    assert call(mmcpr.main, "--data", "shop", *QUICK, "--modalities", subset or "none",
                 "--out", "e.npz") == 0
     arrays = data.load_embeddings("e.npz")
-    attention = arrays["meta"]["report"]["attention"]
-    assert set(attention["user"]) == set(subset) & set("RG")
-    assert set(attention["item"]) == set(subset) & set("TVG")
+    modalities = arrays["meta"]["report"]["modalities"]
+    assert set(modalities["user"]) == set(subset) & set("RG")
+    assert set(modalities["item"]) == set(subset) & set("TVG")
     assert np.isfinite(arrays["user"]).all()
 
 
@@ -708,16 +844,16 @@ def test_held_out_reviews_never_reach_the_embeddings(tmp_path, monkeypatch):
 def test_validation_chooses_the_epoch_and_test_is_ranked_once(trained, monkeypatch):
     """Both scripts rank validation alone until the end, and hand over its best epoch."""
     parts = data.split_dataset(data.load("shop", contents=False))
-    ranked, evaluate = [], metrics.evaluate
+    ranked, find = [], metrics.find
 
-    def spy(user, item, seen, truth, ks):
+    def spy(user, item, seen, truth, top):
         matches = [name for name in ("valid", "test")
                    if (truth != getattr(parts, name)).nnz == 0]
         assert len(matches) == 1, "neither validation nor test is ranked"
         ranked.extend(matches)
-        return evaluate(user, item, seen, truth, ks)
+        return find(user, item, seen, truth, top)
 
-    monkeypatch.setattr(metrics, "evaluate", spy)
+    monkeypatch.setattr(metrics, "find", spy)
     assert call(mmcpr.main, "--data", "shop", *QUICK, "--epochs", 40, "--lr", 0.1,
                 "--out", "e.npz") == 0
     assert set(ranked) == {"valid"}
@@ -732,7 +868,7 @@ def test_validation_chooses_the_epoch_and_test_is_ranked_once(trained, monkeypat
         values = [point["recall@20"] for point in history]
         assert values[-1] < max(values), "the last epoch is the best: the test shows nothing"
         user, item = torch.from_numpy(arrays["user"]), torch.from_numpy(arrays["item"])
-        got = evaluate(user, item, parts.train, parts.valid, (20,))["recall@20"]
+        got = metrics.evaluate(user, item, parts.train, parts.valid, (20,))["recall@20"]
         assert got == pytest.approx(max(values))
 
 
@@ -807,8 +943,8 @@ def test_pretraining_patience_starts_after_the_plateau(trained, monkeypatch):
     assert epochs_run == {1e9: 12, -1: 30}
 
 
-def test_weight_decay_falls_with_the_number_of_users(trained, monkeypatch):
-    """Adam gets --weight-decay / n_users (40 here), times the weight of BCE in the loss."""
+def test_weight_decay_is_a_prior_on_every_entry(trained, monkeypatch):
+    """Adam gets --weight-decay / nnz, times the weight of BCE in the loss."""
     given, Adam = [], torch.optim.Adam
 
     def spy(*args, **options):
@@ -816,10 +952,11 @@ def test_weight_decay_falls_with_the_number_of_users(trained, monkeypatch):
         return Adam(*args, **options)
 
     monkeypatch.setattr(torch.optim, "Adam", spy)
-    for flags in ((), ("--weight-decay", 2), ("--lam", 0), ("--lam", 0.5)):
+    for flags in (("--weight-decay", 2), ("--weight-decay", 2, "--lam", 0.5)):
         assert call(mmcpr.main, "--data", "shop", *QUICK, "--epochs", 1, *flags,
                     "--out", "e.npz") == 0
-    assert given == pytest.approx([0.6 / 40, 1.6 / 40, 0.75 / 40, 0.375 / 40])
+    nnz = data.split_dataset(data.load("shop", contents=False)).train.nnz
+    assert given == pytest.approx([1.6 / nnz, 1 / nnz])
 
 
 # --- What is refused ----------------------------------------------------------------------

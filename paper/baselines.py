@@ -7,6 +7,7 @@
 Then: python finetune.py --init emb.npz
 
     random      Xavier tables, nothing is learned        users and items
+    popular     how often each item is bought            users and items
     constant    every item the same random unit vector   items
     clip        text and image vectors, PCA              items
     mmgcn       MMGCN                                    users and items
@@ -46,7 +47,9 @@ import metrics
 import mmcpr
 import ops
 
-METHODS = ("random", "constant", "clip", "mmgcn", "gptgnn", "graphbert", "pmgt", "gcnp")
+METHODS = ("random", "popular", "constant", "clip", "mmgcn", "gptgnn", "graphbert", "pmgt", "gcnp")
+CONTENT_FREE = METHODS[:3]  # what reads interactions alone, and learns nothing
+UNTRAINED = METHODS[:4]     # what learns nothing
 N_HEADS = {"gptgnn": 4, "graphbert": 2, "pmgt": 2}  # of attention, where a method has it
 
 
@@ -138,6 +141,15 @@ def draw_columns(matrix, rows):
     return columns, has_any
 
 
+def are_neighbours(Rt, a, b):
+    """Which items share a training user: they are joined in G_i, or an item and itself.
+
+    Rt: CSR [n_items, n_users]; a int64 [n_a], b int64 [n_b] -> bool [n_a, n_b].
+    """
+    n_shared = (Rt[a.numpy()] @ Rt[b.numpy()].T).toarray()
+    return torch.from_numpy(n_shared > 0)
+
+
 class ItemMethod(nn.Module):
     """A method of items alone: an epoch is one pass over the items in batches."""
 
@@ -149,11 +161,46 @@ class ItemMethod(nn.Module):
         return torch.randperm(self.n_items).split(self.batch)
 
 
+class InteractionMethod(nn.Module):
+    """A method of users and items: an epoch is one pass over the training interactions.
+
+    A batch, int64 [b], holds numbers of interactions.
+    """
+
+    def __init__(self, train, batch):
+        super().__init__()
+        self.batch = batch
+        pairs = train.tocoo()
+        self.train_users = torch.from_numpy(pairs.row).long()
+        self.train_items = torch.from_numpy(pairs.col).long()
+        self.sample_negatives = ops.NegativeSampler(train)
+
+    def batches(self):
+        return torch.randperm(len(self.train_users)).split(self.batch)
+
+    def draw(self, batch):
+        """(users, their items, as many drawn items that they do not have), int64 [b] each."""
+        users = self.train_users[batch]
+        return users, self.train_items[batch], self.sample_negatives(users, 1)[:, 0]
+
+
 # --- Random and CLIP ----------------------------------------------------------------------
 
 def random(train, dim):
     """Xavier-uniform tables: (user, item)."""
     return finetune.initial_tables(None, train, dim)
+
+
+def popular(train, dim):
+    """Tables whose scores are the items' training interactions, for every user: (user, item).
+
+    No start to train from, but the ranking by popularity, which any system should beat:
+    finetune.py --layers 0 --epochs 0 tests the tables as they are.
+    """
+    user, item = torch.zeros(train.shape[0], dim), torch.zeros(train.shape[1], dim)
+    user[:, 0] = 1
+    item[:, 0] = torch.from_numpy(np.asarray(train.sum(0)).ravel())
+    return user, item
 
 
 def constant(train, dim):
@@ -191,7 +238,7 @@ def clip(views, same_space, dim):
 
 # --- MMGCN (Wei et al., MM 2019) ----------------------------------------------------------
 
-class MMGCN(nn.Module):
+class MMGCN(InteractionMethod):
     """One graph convolution per modality on the user-item graph, joined by an id embedding.
 
     Per modality, from x = L2norm([user preference; MLP(features)]), three times:
@@ -208,13 +255,9 @@ class MMGCN(nn.Module):
     """
 
     def __init__(self, train, views, dim, batch, n_layers=3, width=256, reg=1e-5):
-        super().__init__()
+        super().__init__(train, batch)
         n_users, n_items = train.shape
-        self.n_users, self.batch, self.reg, self.views = n_users, batch, reg, views
-        pairs = train.tocoo()
-        self.train_users = torch.from_numpy(pairs.row).long()
-        self.train_items = torch.from_numpy(pairs.col).long()
-        self.sample_negatives = ops.NegativeSampler(train)
+        self.n_users, self.reg, self.views = n_users, reg, views
         # Users, then items, joined by the training interactions.
         A = sp.block_array([[None, train], [train.T, None]], format="csr")
         degree = np.maximum(np.asarray(A.sum(1)), 1).astype(np.float32)
@@ -258,14 +301,10 @@ class MMGCN(nn.Module):
             total = total + x
         return total[:self.n_users], total[self.n_users:]
 
-    def batches(self):
-        return torch.randperm(len(self.train_users)).split(self.batch)
-
-    def loss(self, rows):
-        """BPR and the penalty of the batch; rows int64 [b], of the training interactions."""
-        users, pos_items = self.train_users[rows], self.train_items[rows]
+    def loss(self, batch):
+        """BPR and the penalty of the batch."""
+        users, pos_items, neg_items = self.draw(batch)
         # One forward pass over the whole graph for every batch.
-        neg_items = self.sample_negatives(users, 1)[:, 0]
         user, item = self()
         gap = (user[users] * (item[neg_items] - item[pos_items])).sum(1)
         bpr = F.softplus(gap).mean()
@@ -338,21 +377,24 @@ class GPTGNN(ItemMethod):
     observed neighbours and sends nothing. From its output the attributes are generated:
         L_attr = -cosine / 0.1
     Edges: the target itself keeps its attributes. Against it each held-out neighbour must score
-    above items that are no neighbours, of the batch and of a queue of earlier batches that grows
-    over 20 epochs:
+    above negatives, 255 items drawn from the step's and a queue of the 256 drawn last in the steps
+    before, in epoch e the e / 20 of it that are newest and from the 20th on all:
         L_edge = -log softmax(cosine / 0.1)
+    No negative of a target shares a training user with it, whichever edges were kept.
     L = (L_edge + L_attr) / 2. Both see directions alone, so unit rows are handed over.
 
     Not as the authors: each item's 16 heaviest edges; the nodes of a step are the targets and
-    `fan` drawn neighbours of each, not depth-6 HGSampling; the 255 negatives, which are no kept
-    neighbours, and the queue are shared by all targets of a step; four heads; Adam without
-    cycle, decay or clipping.
+    `fan` drawn neighbours of each, not depth-6 HGSampling; the negatives and the queue are shared
+    by all targets of a step, and a target whose neighbours are all of them adds 0 to L_edge; where
+    one batch holds all items 20 epochs are 20 steps (theirs have 256 targets each); four heads; no
+    learning rate cycle, no clipping.
     """
 
     def __init__(self, train, x, dim, batch, n_layers=3, n_heads=N_HEADS["gptgnn"], cap=16,
                  fan=4, dropout=0.2, queue_size=256):
         super().__init__(len(x), batch)
         self.graph = undirected(item_graph(train, cap))
+        self.Rt = train.T.tocsr()
         self.x, self.fan, self.queue_size, self.epoch = x, fan, queue_size, 0
         self.project = nn.Linear(x.shape[1], dim)
         self.drop = nn.Dropout(dropout)
@@ -364,6 +406,7 @@ class GPTGNN(ItemMethod):
         self.attribute = nn.Linear(dim, x.shape[1])
         self.edge = nn.Linear(dim, dim)
         self.queue = torch.empty(0, dim)
+        self.queue_items = torch.empty(0, dtype=torch.int64)
 
     def encode(self, x, sender, receiver):
         """x [n, d_x] -> h [n, dim]."""
@@ -413,12 +456,10 @@ class GPTGNN(ItemMethod):
         l_attr = self.attribute_loss(h[n:], targets)
         # The edges to predict: a held-out edge counts once for each of its ends that is a
         # target.
-        to_target = receiver < b
-        n_positives = int((is_held_out & to_target).sum())
-        if n_positives <= 8:
+        is_positive = is_held_out & (receiver < b)
+        if is_positive.sum() <= 8:
             return l_attr / 2
-        l_edge = self.edge_loss(h[:n], sender[to_target], receiver[to_target],
-                                is_held_out[to_target], b)
+        l_edge = self.edge_loss(h[:n], nodes, sender[is_positive], receiver[is_positive], b)
         return (l_edge + l_attr) / 2
 
     def attribute_loss(self, h, targets):
@@ -426,27 +467,25 @@ class GPTGNN(ItemMethod):
         generated = self.attribute(self.drop(h))
         return -F.cosine_similarity(generated, self.x[targets], dim=1).mean() / 0.1
 
-    def edge_loss(self, h, sender, receiver, is_held_out, b):
-        """h [n, dim], the b targets lead; sender, receiver, is_held_out: edges at targets."""
-        n = len(h)
+    def edge_loss(self, h, nodes, sender, receiver, b):
+        """h [n, dim], nodes int64 [n]: the step's items, of which the b targets lead.
+
+        sender, receiver int64 [e]: the held-out edges, from a node to a target.
+        """
         q = F.normalize(self.drop(self.edge(h[:b])))                           # [b, d]
         k = F.normalize(h)                                                     # [n, d]
-        # Drawn items that are neither the target nor a neighbour of it are its negatives.
-        drawn = torch.randperm(n)[:255]
-        is_near = torch.zeros(b, n, dtype=torch.bool)
-        is_near[receiver, sender] = True
-        is_near[torch.arange(b), torch.arange(b)] = True
-        negative = q @ k[drawn].T / 0.1
+        drawn = torch.randperm(len(h))[:255]
+        length = int(self.queue_size * min(1, self.epoch / 20))
+        items = torch.cat([nodes[drawn], self.queue_items[:length]])
+        negative = q @ torch.cat([k[drawn], self.queue[:length]]).T / 0.1      # [b, 255 + length]
         # exp(-inf) = 0: a neighbour is not in the sum below.
-        negative = negative.masked_fill(is_near[:, drawn], -torch.inf)         # [b, 255]
-        queue = self.queue[:int(self.queue_size * min(1, self.epoch / 20))]
-        negative = torch.cat([negative, q @ queue.T / 0.1], 1)
-        rest = negative.logsumexp(1)                                           # [b]
-        s, r = sender[is_held_out], receiver[is_held_out]
-        score = (q[r] * k[s]).sum(1) / 0.1
+        is_near = are_neighbours(self.Rt, nodes[:b], items)
+        rest = negative.masked_fill(is_near, -torch.inf).logsumexp(1)          # [b]
+        score = (q[receiver] * k[sender]).sum(1) / 0.1
         # The newest in front; the oldest fall out.
         self.queue = torch.cat([k[drawn].detach(), self.queue])[:self.queue_size]
-        return (torch.logaddexp(score, rest[r]) - score).mean()
+        self.queue_items = torch.cat([nodes[drawn], self.queue_items])[:self.queue_size]
+        return (torch.logaddexp(score, rest[receiver]) - score).mean()
 
     def embed(self):
         sender, receiver = edge_list(self.graph)
@@ -487,11 +526,16 @@ def sinusoid(code, dim):
     return torch.stack([angle.sin(), angle.cos()], -1).flatten(-2)[..., :dim]
 
 
+CODE_RMS = 0.02  # of each of a token's codes
+
+
 class GraphBERT(ItemMethod):
     """A transformer over linkless subgraphs: an item and the k items most intimate with it.
 
     A token is W x plus the sinusoids of three codes: its Weisfeiler-Lehman role, its rank by
-    intimacy (the item itself: 0) and its hops. Every layer adds the residual W_r x_i of the item
+    intimacy (the item itself: 0) and its hops. Each sinusoid is brought to a root mean square of
+    .02, the scale at which the tables that the authors' code learns in their place start: at
+    their own, .71, they drown the contents. Every layer adds the residual W_r x_i of the item
     ("raw"). z_i is the mean over the tokens. Two losses:
         the item's features, from z_i                squared error
         structure                                    (cos(z_i, z_j) - S_ij)^2
@@ -500,7 +544,8 @@ class GraphBERT(ItemMethod):
 
     The role is the colour after one refinement, the degree: in graphs this dense the next one
     tells all items apart. Hops are 0, 1, and 2 for anything farther. Not as the authors: the
-    residual is there in pre-training too, dropout is 0.3 throughout, no weight decay.
+    residual is there in pre-training too, dropout is 0.3 throughout (theirs: 0.5 outside of
+    attention), batches instead of all items at once.
     """
 
     def __init__(self, train, x, mask, dim, batch, k=7, n_layers=2,
@@ -528,7 +573,7 @@ class GraphBERT(ItemMethod):
             self.layers.append(layer)
 
     def token_codes(self, R, graph, dim):
-        """The sinusoids of role, rank and hops, summed; R: CSR [n_items, n_users]."""
+        """The scaled sinusoids of role, rank and hops, summed; R: CSR [n_items, n_users]."""
         hops = torch.zeros_like(self.tokens)
         for place in range(1, self.tokens.shape[1]):
             other = self.tokens[:, place]
@@ -539,7 +584,9 @@ class GraphBERT(ItemMethod):
         degree = graph.inverse_degree.reciprocal().nan_to_num(posinf=0)        # [n, 1]
         role = degree[self.tokens, 0]                                          # [n, k+1]
         rank = torch.arange(self.tokens.shape[1])
-        return sinusoid(role, dim) + sinusoid(rank, dim) + sinusoid(hops, dim)
+        total = sinusoid(role, dim) + sinusoid(rank, dim) + sinusoid(hops, dim)
+        # sin^2 + cos^2 = 1: a sinusoid's root mean square is sqrt(1/2), whatever the code.
+        return CODE_RMS / 0.5 ** 0.5 * total
 
     def encode(self, rows):
         """rows int64 [b] -> z [b, dim]."""
@@ -681,9 +728,14 @@ class PMGT(ItemMethod):
     and the raw features of masked context items from their tokens' outputs. 20 % are masked; of
     these 80 % become the mask vector, 10 % another item.
 
-    Not as the authors: the graph is MMCPR's G_i, each item's 64 heaviest edges, not those of
-    three shared users or more; an item is not in its own context; the mask vector is learned;
-    masked contexts are the targets'; Adam without warm-up, decay or clipping. The loss is the
+    Positions and roles start from N(0, .01), so that they do not drown the contents; projections
+    and gate start Xavier-uniform, their biases 0. Both are the authors'.
+
+    Not as the authors: the other linear maps start as torch has them (theirs: N(0, .01)); the
+    graph is MMCPR's G_i, each item's 64 heaviest edges, not those of three shared users or more;
+    an item is not in its own context; the mask vector is learned; masked contexts are the
+    targets'; the features are unit rows, their squared errors summed over the columns (theirs: the
+    raw features, the mean); no warm-up, no falling rate, no clipping. The first loss is the
     paper's, on cosines alone (the code stacks norms too).
     """
 
@@ -703,9 +755,13 @@ class PMGT(ItemMethod):
         for view in self.views:
             self.project.append(nn.Linear(view.shape[1], dim))
         self.gate = nn.Linear(len(self.views) * dim, len(self.views))
+        for linear in (*self.project, self.gate):
+            nn.init.xavier_uniform_(linear.weight)
+            nn.init.zeros_(linear.bias)
         self.mask_vector = nn.Parameter(0.01 * torch.randn(dim))
-        self.position = nn.Embedding(k + 1, dim)
-        self.role = nn.Embedding(2, dim)
+        self.position = nn.Parameter(0.01 * torch.randn(k + 1, dim))
+        # Of the item itself, of its context.
+        self.role = nn.Parameter(0.01 * torch.randn(2, dim))
         self.norm = nn.LayerNorm(dim)
         self.layers = nn.ModuleList()
         for _ in range(n_layers):
@@ -731,7 +787,7 @@ class PMGT(ItemMethod):
         """The transformer, fused tokens [b, k+1, dim] -> [b, k+1, dim]."""
         role = torch.ones(self.k + 1, dtype=torch.int64)
         role[0] = 0
-        h = self.norm(h + self.position.weight + self.role(role))
+        h = self.norm(h + self.position + self.role[role])
         for layer in self.layers:
             h = layer(h)
         return h
@@ -851,7 +907,7 @@ class NeighbourGraph:
         return SparseProduct.apply(h, self.P, self.Pt)
 
 
-class GCNP(nn.Module):
+class GCNP(InteractionMethod):
     """Two graph convolutional networks, of users and of items, joined by their interactions.
 
     Per side, three layers from a trained table:
@@ -859,18 +915,18 @@ class GCNP(nn.Module):
     S: the cosines of the side information, of the 20 nearest (the authors: of all pairs; among
     CLIP's vectors all pairs are alike). A side without features uses its co-interaction graph.
 
-    Loss: BCE of sigmoid(u . i + b_u + b_i), one uniform negative per positive. An epoch is one
-    pass over the users, each with one of its interactions. The outputs are handed over, without
-    the biases (the authors' code hands over the tables under the convolutions).
+    Loss: BCE of sigmoid(u . i + b_u + b_i), one uniform negative per positive. The outputs are
+    handed over, without the biases (the authors' code hands over the tables under the
+    convolutions).
+
+    Not as the authors: a batch holds interactions, each once in an epoch (theirs: as many steps,
+    but each of users drawn uniformly, with one interaction each); layers of one width, 64 (theirs:
+    128 above tables of 64); no penalty on the outputs, which are unit vectors.
     """
 
     def __init__(self, train, user_x, item_x, dim, batch, n_layers=3, k=20):
         """user_x, item_x: float [n, d] with unit rows, or None."""
-        super().__init__()
-        self.train_matrix, self.batch = train, batch
-        self.sample_negatives = ops.NegativeSampler(train)
-        # A user without training interactions has no positive to draw.
-        self.active_users = torch.from_numpy(np.flatnonzero(np.diff(train.indptr)))
+        super().__init__(train, batch)
         self.graphs = []
         self.tables = nn.ParameterList()
         self.layers = nn.ModuleList()
@@ -889,18 +945,14 @@ class GCNP(nn.Module):
                 self.layers[-1].append(nn.Linear(dim, dim))
             self.biases.append(nn.Parameter(torch.zeros(R.shape[0])))
 
-    def batches(self):
-        order = torch.randperm(len(self.active_users))
-        return self.active_users[order].split(self.batch)
-
     def scores(self, user, item, users, items):
         """float [b]: of the pairs (users, items), int64 [b] each."""
         bias = self.biases
         return (user[users] * item[items]).sum(1) + bias[0][users] + bias[1][items]
 
-    def loss(self, users):
-        pos_items, _ = draw_columns(self.train_matrix, users)
-        neg_items = self.sample_negatives(users, 1)[:, 0]
+    def loss(self, batch):
+        users, pos_items, neg_items = self.draw(batch)
+        # One forward pass over both graphs for every batch.
         user, item = self.embed()
         # -log sigmoid(s) = softplus(-s), -log(1 - sigmoid(s)) = softplus(s).
         pos_scores = self.scores(user, item, users, pos_items)
@@ -922,6 +974,18 @@ class GCNP(nn.Module):
 
 # --- Training, the same for all -----------------------------------------------------------
 
+# The authors' weight decay, of all parameters: AdamW's, apart from the gradient, or Adam's, a part
+# of it. (PMGT's code leaves out biases and norms.) MMGCN has a penalty in its loss instead, and
+# GCN-P's is on unit vectors, a constant.
+OPTIMIZERS = {
+    "gptgnn": (torch.optim.AdamW, 1e-2),
+    "graphbert": (torch.optim.Adam, 5e-4),
+    "pmgt": (torch.optim.AdamW, 1e-4),
+}
+MIN_VALIDATIONS = 10  # without a new best, before patience may end: an epoch may be many steps
+ALIKE = 0.99  # rows of a higher mean cosine have little but a common direction
+
+
 class Trial(NamedTuple):
     """What one learning rate found."""
     user: torch.Tensor | None
@@ -932,15 +996,35 @@ class Trial(NamedTuple):
 def validate(user, item, parts):
     """Recall@20 on validation; None where there is no validation.
 
-    A user that a method does not bring is the mean of the user's training items.
+    A user that a method does not bring is the mean of the user's training items. These are
+    centred first: a direction that all items have in common would swamp what they differ in.
     """
     if not parts.valid.nnz:
         return None
     if user is None:
+        item = item - item.mean(0)
         degree = np.maximum(np.diff(parts.train.indptr), 1)[:, None]
         mean = parts.train @ item.numpy() / degree
         user = torch.from_numpy(mean.astype(np.float32))
     return metrics.evaluate(user, item, parts.train, parts.valid, (20,))["recall@20"]
+
+
+def mean_cosine(table):
+    """The mean cosine of two different rows; a row of zeros has cosine 0 to all; table [n, d].
+
+    The squared length of the sum of unit rows is the sum of all their cosines, n of them a row's
+    with itself.
+    """
+    n = len(table)
+    unit = F.normalize(table.double())
+    total = unit.sum(0).square().sum() - unit.square().sum()
+    return total.item() / max(1, n * (n - 1))
+
+
+def make_optimizer(method, model, lr):
+    """Adam, with the weight decay that the method's authors have."""
+    kind, decay = OPTIMIZERS.get(method, (torch.optim.Adam, 0))
+    return kind(model.parameters(), lr=lr, weight_decay=decay, fused=True)
 
 
 def train_epoch(model, optimizer):
@@ -966,17 +1050,19 @@ def embed(model):
 def pretrain(args, parts, features, lr):
     """Trains one method at one learning rate: the Trial of its best validation Recall@20.
 
-    Patience counts from the epoch of the best. Without validation the last epoch is taken.
+    Patience counts the steps since the best, not the epochs: an epoch is a single step for some
+    methods and many for others. Without validation the last epoch is taken.
     """
     # Each learning rate starts from the same draws.
     torch.manual_seed(args.seed)
     started = time.time()
     model = build_model(args, parts.train, features)
-    optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
-    best, history = {"recall@20": -1.0}, []
+    optimizer = make_optimizer(args.method, model, lr)
+    best, history, step = {"recall@20": -1.0}, [], 0
     bar = tqdm(range(1, args.epochs + 1), desc=f"{args.method}, lr {lr:g}", unit="epoch")
     for epoch in bar:
         losses = train_epoch(model, optimizer)
+        step += len(losses)
         if not np.isfinite(losses).all():
             raise run.InputError(f"the loss is not finite at epoch {epoch}; "
                                  f"lower --lr (now {lr:g})")
@@ -985,12 +1071,14 @@ def pretrain(args, parts, features, lr):
             continue
         user, item = embed(model)
         recall = validate(user, item, parts)
-        point = {"epoch": epoch, "loss": float(np.mean(losses)), "recall@20": recall}
+        point = {"epoch": epoch, "step": step, "loss": float(np.mean(losses)),
+                 "recall@20": recall}
         history.append(point)
         if recall is None or recall > best["recall@20"]:
             best, best_user, best_item = point, user, item
         bar.set_postfix_str(f"loss {point['loss']:.4f}" + recall_text(recall))
-        if epoch - best["epoch"] >= args.patience:
+        n_waited = sum(point["epoch"] > best["epoch"] for point in history)
+        if step - best["step"] >= args.patience and n_waited >= MIN_VALIDATIONS:
             break
     bar.close()
     # The last step may have been too large, with a loss that was still finite before it.
@@ -998,7 +1086,8 @@ def pretrain(args, parts, features, lr):
         raise run.InputError(f"the tables are not finite at epoch {best['epoch']}; "
                              f"lower --lr (now {lr:g})")
     seconds = round(time.time() - started, 1)
-    report = {"lr": lr} | best | {"epochs_run": epoch, "seconds": seconds, "history": history}
+    report = {"lr": lr} | best | {"mean_cosine": mean_cosine(best_item), "epochs_run": epoch,
+                                  "steps_run": step, "seconds": seconds, "history": history}
     return Trial(best_user, best_item, report)
 
 
@@ -1040,7 +1129,7 @@ def is_clip_space(args, dataset):
 
 def needed_modalities(args):
     """The letters of the features that the method reads."""
-    if args.method in ("random", "constant"):
+    if args.method in CONTENT_FREE:
         return ""
     if args.method == "gcnp":
         return args.modalities + "R"
@@ -1060,23 +1149,26 @@ def open_features(args):
         features["R"] = mmcpr.pool_reviews(features["R"], dataset.users, dataset.n_users,
                                            parts.in_train)
     has_item_features = "T" in features or "V" in features
-    if not has_item_features and args.method not in ("random", "constant", "gcnp"):
+    if not has_item_features and args.method not in (*CONTENT_FREE, "gcnp"):
         raise run.InputError(f"this data has neither texts nor images: nothing for --method "
                              f"{args.method}; random, gcnp and mmcpr.py can use it")
     return dataset, parts, data_options, features
 
 
 def untrained(args, parts, features, same_space):
-    """The Trial of random, constant or clip, which learn nothing."""
+    """The Trial of a method that learns nothing."""
     torch.manual_seed(args.seed)
     if args.method == "random":
         user, item = random(parts.train, args.dim)
+    elif args.method == "popular":
+        user, item = popular(parts.train, args.dim)
     elif args.method == "constant":
         user, item = None, constant(parts.train, args.dim)
     else:
         views = unit_rows(features, "TV")
         user, item = None, clip(list(views.values()), same_space, args.dim)
-    return Trial(user, item, {"recall@20": validate(user, item, parts)})
+    report = {"recall@20": validate(user, item, parts), "mean_cosine": mean_cosine(item)}
+    return Trial(user, item, report)
 
 
 def validation_recall(trial):
@@ -1126,8 +1218,9 @@ def try_rates(args, parts, features, save):
             continue
         trials.append(trial)
         report = trial.report
-        print(f"lr {lr:g}: loss {report['loss']:.4f}{recall_text(report['recall@20'])} "
-              f"at epoch {report['epoch']} of {report['epochs_run']}, "
+        print(f"lr {lr:g}: loss {report['loss']:.4f}{recall_text(report['recall@20'])}, "
+              f"mean cosine {report['mean_cosine']:.3f} at epoch {report['epoch']} of "
+              f"{report['epochs_run']} ({report['steps_run']:,} steps), "
               f"{report['seconds']:.0f} s", flush=True)
         # Saved at once: what one learning rate found is not lost with the next.
         try:
@@ -1157,9 +1250,10 @@ def arguments():
     parser.add_argument("--dim", type=run.positive, default=64)
     parser.add_argument("--batch", type=run.positive, default=2048,
                         help="items, users or interactions in a step")
-    parser.add_argument("--epochs", type=run.positive, default=1000, help="at most")
-    parser.add_argument("--patience", type=run.positive, default=100,
-                        help="epochs without a better validation Recall@20")
+    parser.add_argument("--epochs", type=run.positive, default=10_000,
+                        help="at most; without validation, all of them")
+    parser.add_argument("--patience", type=run.positive, default=1000,
+                        help="optimizer steps without a better validation Recall@20")
     parser.add_argument("--eval-every", type=run.positive, default=5,
                         help="epochs between two validations")
     parser.add_argument("--seed", type=run.non_negative, default=0)
@@ -1192,15 +1286,21 @@ def main(argv=None):
     def save(trials):
         save_best(args.out, trials, dataset, parts, meta)
 
-    if args.method in ("random", "constant", "clip"):
+    is_trained = args.method not in UNTRAINED
+    if not is_trained:
         trials = [untrained(args, parts, features, same_space)]
         save(trials)
     else:
         trials = try_rates(args, parts, features, save)
-    size = best_report(trials)["rms"]
-    text = ", ".join(f"{side} {value:.3f}" for side, value in size.items())
-    no_users = "" if "user" in size else "; no users"
-    print(f"{name}: RMS of the entries: {text}{no_users}")
+    report = best_report(trials)
+    text = ", ".join(f"{side} {value:.3f}" for side, value in report["rms"].items())
+    no_users = "" if "user" in report["rms"] else "; no users"
+    cosine = report["mean_cosine"]
+    print(f"{name}: RMS of the entries: {text}{no_users}; "
+          f"mean cosine of the item rows {cosine:.3f}")
+    if is_trained and cosine > ALIKE:
+        print(f"warning: item rows are nearly alike (mean cosine {cosine:.4f}): the method has "
+              "learned little but a common direction")
     print(f"wrote {args.out}; next: python finetune.py --init {args.out}")
 
 

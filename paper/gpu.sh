@@ -5,7 +5,7 @@
 #
 # 1. tests.txt    the oracle tests, first epochs and a process group of one, on the GPU
 # 2. epochs.txt   seconds, memory and floor of whole epochs, generated vg and tg
-# 3. games.txt    test Recall@20 of Random and of MMCPR with graphs alone; on a CPU .1872 and .1900
+# 3. games.txt    test Recall@20 of Random and of MMCPR with graphs alone; on an H200 .179 and .181
 # 4. vg.txt       pre-training of generated vg to its best, 100 epochs of fine-tuning
 # 5. plain.txt    the fast paths beside the plain definitions, as far as the time goes
 #

@@ -1,413 +1,81 @@
-"""Every table and figure of the paper.
+"""Every table and figure of the paper, and the map of when pre-training pays.
 
-    python -m paper.reproduce table2 --data demo --seeds 0 1 2 3 4
+    python -m paper.reproduce table2 --data demo --seeds 0 1 2
 
-    table1    counts of the data set
-    table2    all systems of baselines.py beside MMCPR
-    table3    MMCPR without CIMA, without BCE
-    fig3      subsets of the modalities
-    fig4      the loss weight, both readings of CIMA
-    scale     what share is only scale and smoothing
-    all       all of them
+    table1      counts of the data set
+    table2      all systems of baselines.py and two controls beside MMCPR
+    table3      MMCPR without CIMA, without BCE
+    fig3        subsets of the modalities
+    fig4        the loss weight, both readings of CIMA
+    scale       what share is only scale and smoothing
+    regimes     the map: how each gain fades as training data grows, and who gains
+    new-items   items without any training interaction
+    all         all of them
 
-A cell is one pre-training and one fine-tuning, by the commands a reader would type. What it found
-is kept as JSON in paper/results/<data>/cells, so an interrupted sweep goes on and a second call
-only prints. A cell is named after all options of its commands, the split and the features, but
-not after the code: after a change of that, name another --results. <target>.csv lists the runs
-behind a table, those of the choice too.
+A cell, one pre-training and one fine-tuning, is kept in paper/results/<data>/cells (see cells.py).
+<target>.csv lists the runs behind a table, those of the choice too.
 
-Pre-training is repeated for every seed, the split stays. Each system's learning rate, of the
-paper's grid, and the scale at which its tables are handed over, as they are or Xavier's, are
-chosen on the first seed by the validation Recall@20 after fine-tuning. Variants of MMCPR keep
-MMCPR's.
+Pre-training is repeated for every seed, and so is the split where it is ours: seed 1 has split
+seed 1. Each system's learning rate, of the paper's grid, and the scale at which its tables are
+handed over, as they are or Xavier's, are chosen on the first seed by the validation Recall@20
+after fine-tuning. Variants of MMCPR keep MMCPR's; `regimes` and `new-items` choose the scale alone.
 """
 import argparse
-import contextlib
 import csv
-import ctypes
-import hashlib
-import json
 import os
-import re
 import signal
-import subprocess
 import sys
-import tempfile
-import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, TextIO
+from typing import NamedTuple
 
 import run  # before the libraries: from here on Ctrl-C ends in one line
 
 import numpy as np
-from scipy import stats
-from tqdm import tqdm
 
 import data
-import finetune
-import mmcpr
-from paper import baselines
+from paper import compare
+from paper.cells import Cell, Cells
 
-ROOT = Path(__file__).resolve().parent.parent
-
-# What Python is given to run a script, and the module that knows the script's options.
-SCRIPTS = {"mmcpr.py": ["mmcpr.py"], "finetune.py": ["finetune.py"],
-           "baselines.py": ["-m", "paper.baselines"]}
-MODULES = {"mmcpr.py": mmcpr, "finetune.py": finetune, "baselines.py": baselines}
-
-SYSTEMS = {"Random": "random", "CLIP": "clip", "MMGCN": "mmgcn", "GPT-GNN": "gptgnn",
+SYSTEMS = {"Most popular": "popular", "Random": "random", "Constant": "constant",
+           "Eq. 15 alone": "mf", "CLIP": "clip", "MMGCN": "mmgcn", "GPT-GNN": "gptgnn",
            "Graph-BERT": "graphbert", "PMGT": "pmgt", "GCN-P": "gcnp", "MMCPR": "mmcpr"}
+# What knows no content, no graph and no review.
+CONTROLS = ("Most popular", "Random", "Constant", "Eq. 15 alone")
 GRID = ("1e-4", "1e-3", "1e-2")
 
 # Flags of finetune.py: the tables to start from as they are, or brought to a random start's RMS.
 AS_IS, XAVIER = (), ("--scale", "xavier")
+# The tables themselves are ranked: a popularity is no start.
+NOT_TUNED = ("--layers", "0", "--epochs", "0")
 
 # Flags of mmcpr.py that leave the towers as they are drawn.
 UNTRAINED = ("--lr", "1e-9", "--epochs", "1", "--eval-every", "1")
 
 METRICS = ("recall@20", "recall@40", "recall@60", "ndcg@20", "ndcg@40", "ndcg@60")
 ENCODING = ("encoder", "clip_model", "clip_weights")
-P_VALUE = "p: paired t-test over the seeds of one split, uncorrected."
+P_VALUE = ("±: standard error of the difference, in percent of the other's mean. p: paired "
+           "bootstrap over users and seeds, uncorrected.")
 
-# Recall@20 of the paper's Table 2, in the order of SYSTEMS, and of its Table 3.
+# Flags of mmcpr.py: the recipe that the paper names.
+THE_PAPERS = ("--lr", "1e-3", "--weight-decay", "0", "--bias", "none")
+
+# Recall@20 of the paper's Table 2 and 3.
+PAPER_SYSTEMS = ("Random", "CLIP", "MMGCN", "GPT-GNN", "Graph-BERT", "PMGT", "GCN-P", "MMCPR")
 PAPER = {"vg": (.1571, .1712, .1703, .1659, .1696, .1718, .1916, .1939),
          "tg": (.0876, .0967, .0966, .0931, .1034, .1024, .1025, .1067),
          "sharee": (.1059, .1135, .1106, .1090, .1074, .1077, .1382, .1392)}
 PAPER_ABLATION = {"vg": (.1898, .1729, .1939), "tg": (.1051, .0974, .1067),
                   "sharee": (.1316, .1143, .1392)}
 
-# What the scripts say where the data has nothing for a cell, and where a learning rate is too
-# high.
-NOTHING = ("nothing for --method", "--lam 1 trains CIMA alone")
-DIVERGED = "not finite"
-
-
-# --- Scripts, several at a time -----------------------------------------------------------
-
-class Script(NamedTuple):
-    """A script that is running, and the file that takes what it says on stderr."""
-    process: subprocess.Popen
-    messages: TextIO
-
-
-def start(command, folder, jobs):
-    """Starts a command in `folder`, with its share of the cores."""
-    n_threads = max(1, (os.cpu_count() or 1) // jobs)
-    environment = {"OMP_NUM_THREADS": str(n_threads)} | os.environ
-    # So that -m paper.baselines is found from there.
-    paths = [str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
-    parent = os.getpid()
-
-    def end_with_parent():
-        # The script gets SIGTERM when its parent dies, even of kill -9 (PR_SET_PDEATHSIG is 1).
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)
-        if os.getppid() != parent:
-            os._exit(1)
-
-    messages = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
-    # In a session of its own a script does not hear the terminal's Ctrl-C: it is told once, by
-    # us.
-    process = subprocess.Popen(
-        command, cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=messages,
-        start_new_session=True,
-        preexec_fn=end_with_parent if sys.platform == "linux" else None)
-    return Script(process, messages)
-
-
-def error_of(script):
-    """None where a script that has ended did well, else what it said."""
-    script.messages.seek(0)
-    lines = script.messages.read().strip().splitlines()
-    script.messages.close()
-    code = script.process.returncode
-    if code == 0:
-        return None
-    for line in reversed(lines):
-        # The scripts' own line, or that of a traceback.
-        if re.match(r"error: |\w+Error: ", line):
-            return line.removeprefix("error: ")
-    if code < 0 or not lines:
-        return f"ended with {code}, without a message"
-    return lines[-1]
-
-
-@contextlib.contextmanager
-def noted_signals():
-    """Ctrl-C and SIGTERM do nothing but add their number to the list that this yields."""
-    noted, handlers = [], {}
-
-    def note(number, frame):
-        noted.append(number)
-
-    # A signal's own doing would be an exception, in the middle of whatever is going on.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        handlers[number] = signal.signal(number, note)
-    try:
-        yield noted
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-
-
-def run_side_by_side(commands, jobs, keep, title, folder):
-    """Runs {key: command}, `jobs` at a time, in `folder`; calls keep(key, error) as each ends.
-
-    Where keep raises an InputError nothing more is started, but what is running beside it
-    finishes. At Ctrl-C or SIGTERM nothing more is started either, and what is running gets
-    SIGTERM: mmcpr.py and finetune.py save a checkpoint. Where this process dies of kill -9, its
-    scripts end too on Linux; elsewhere they finish what they are at.
-    """
-    waiting = list(commands.items())
-    running = {}
-    failure = None
-    with noted_signals() as signals:
-        bar = tqdm(total=len(commands), desc=title, unit="run", disable=not commands)
-        try:
-            while running or (waiting and failure is None):
-                # As many as may run side by side, in order.
-                while waiting and len(running) < jobs and failure is None:
-                    key, command = waiting.pop(0)
-                    running[key] = start(command, folder, jobs)
-                # Scripts run for seconds to hours: looking twenty times a second costs nothing.
-                time.sleep(0.05)
-                # A second signal is passed on too: the scripts then stop without saving.
-                if signals:
-                    signals.clear()
-                    failure = KeyboardInterrupt()
-                    for script in running.values():
-                        script.process.terminate()
-                # What has ended is kept before anything else is started, also after a signal.
-                for key in list(running):
-                    if running[key].process.poll() is None:
-                        continue
-                    try:
-                        keep(key, error_of(running.pop(key)))
-                    except (run.InputError, OSError) as error:
-                        # The failure that came first is the one to tell.
-                        failure = failure or error
-                    bar.update()
-        finally:
-            # Empty, but where something went wrong in here.
-            for script in running.values():
-                script.process.terminate()
-            bar.close()
-    # Only now, when nothing is running any more.
-    if failure is not None:
-        raise failure
-
-
-# --- Cells --------------------------------------------------------------------------------
-
-class Cell(NamedTuple):
-    """One run of Table 2 and the others."""
-    pretraining: tuple | None  # of mmcpr.py or baselines.py and its flags; None: a random start
-    finetuning: tuple          # flags of finetune.py
-    seed: int
-
-
-def name_of(parts):
-    """Sixteen hex digits of what JSON can hold."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
-
-
-class Cells:
-    """Runs the cells that are missing, and keeps what they found."""
-
-    def __init__(self, data_flags, encoding_flags, fingerprint, folder, jobs):
-        """The flags say which data and features, the same for all cells; fingerprint: of these;
-        folder: results/<data>; jobs: how many scripts to run at a time."""
-        self.data_flags, self.encoding_flags = data_flags, encoding_flags
-        self.fingerprint, self.jobs = fingerprint, jobs
-        self.folder = folder.resolve()
-        self.cells_folder = self.folder / "cells"
-        self.tables_folder = self.folder / "tables"
-        self.cells_folder.mkdir(parents=True, exist_ok=True)
-        self.tables_folder.mkdir(parents=True, exist_ok=True)
-        for used_folder in (self.folder, self.cells_folder, self.tables_folder):
-            run.remove_leftovers(used_folder)
-        self.parsers = {script: module.arguments() for script, module in MODULES.items()}
-        self.used = {}  # what the present target has asked for
-
-    def all_options(self, script, *flags):
-        """All options of a command, defaults too, but for what names data and device."""
-        options = {}
-        for name, value in vars(self.parsers[script].parse_args(flags)).items():
-            # A data set is told by its fingerprint, so it may move. A device changes no result.
-            if not name.startswith(("data", "device")):
-                options[name] = value
-        return [script, options]
-
-    def cell_path(self, cell):
-        """Where what the cell found is kept: JSON, null where the data has nothing for it."""
-        before = self.all_options(*cell.pretraining) if cell.pretraining else None
-        after = self.all_options("finetune.py", *cell.finetuning)
-        name = name_of([self.fingerprint, cell.seed, before, after])
-        return self.cells_folder / f"{name}.json"
-
-    def table_path(self, cell):
-        """Where the tables that the cell starts from are kept."""
-        name = name_of([self.fingerprint, cell.seed, self.all_options(*cell.pretraining)])
-        return self.tables_folder / f"{name}.npz"
-
-    def run(self, cells, title, may_diverge=False):
-        """What the cells found, in order; those that are missing are run.
-
-        A dict for each cell, and None where the data has nothing for it. Also, if may_diverge,
-        where the learning rate is too high for it; else InputError.
-        """
-        found, missing = {}, []
-        # Each once, in order. A damaged or diverged one is told before anything is run.
-        for cell in dict.fromkeys(cells):
-            if self.cell_path(cell).exists():
-                found[cell] = self.read(cell, may_diverge)
-            else:
-                missing.append(cell)
-        self.make_tables(missing, title, may_diverge)
-        self.finetune(missing, title, may_diverge)
-        for cell in missing:
-            found[cell] = self.read(cell, may_diverge)
-        for cell in cells:
-            self.used[cell] = found[cell]
-        return [found[cell] for cell in cells]
-
-    def make_tables(self, cells, title, may_diverge):
-        """Runs the pre-trainings whose tables are missing, each once, whatever cells share it."""
-        commands, cells_of = {}, {}
-        for cell in cells:
-            if cell.pretraining is None:
-                continue
-            path = self.table_path(cell)
-            if not path.exists():
-                commands[path] = self.pretraining_command(cell)
-                # Cells that differ in fine-tuning alone start from the same tables.
-                cells_of.setdefault(path, []).append(cell)
-
-        def keep(path, error):
-            if error is None:
-                # Only what has come to its end gets its name.
-                os.replace(unfinished(path), path)
-            else:
-                cell = cells_of[path][0]
-                error = f"{' '.join(cell.pretraining)}, seed {cell.seed}: {error}"
-                self.keep_failure(cells_of[path], error, may_diverge)
-
-        run_side_by_side(commands, self.jobs, keep, f"{title}: pre-training", self.cells_folder)
-
-    def finetune(self, cells, title, may_diverge):
-        """Runs the fine-tunings of cells whose tables are there."""
-        commands, reports = {}, {}
-        for cell in cells:
-            if self.cell_path(cell).exists():
-                continue  # its pre-training found nothing to do, or diverged
-            # Read before the run, so that damaged tables are told at once.
-            reports[cell] = self.pretraining_report(cell)
-            commands[cell] = self.finetuning_command(cell)
-
-        def keep(cell, error):
-            if error is None:
-                self.keep_result(cell, reports[cell])
-            else:
-                flags = " ".join(("finetune.py", *cell.finetuning))
-                self.keep_failure([cell], f"{flags}, seed {cell.seed}: {error}", may_diverge)
-
-        run_side_by_side(commands, self.jobs, keep, f"{title}: fine-tuning", self.cells_folder)
-
-    def pretraining_command(self, cell):
-        command = script_command(*cell.pretraining)
-        command += [*self.data_flags, *self.encoding_flags, "--seed", str(cell.seed)]
-        command += ["--out", str(unfinished(self.table_path(cell)))]
-        if cell.pretraining[0] == "mmcpr.py":
-            # An interrupted one goes on; baselines.py keeps no checkpoint and starts anew.
-            command.append("--resume")
-        return command
-
-    def finetuning_command(self, cell):
-        init = str(self.table_path(cell)) if cell.pretraining else "random"
-        command = script_command("finetune.py", *cell.finetuning)
-        command += [*self.data_flags, "--init", init, "--seeds", str(cell.seed)]
-        command += ["--metrics", str(self.metrics_path(cell)), "--resume"]
-        return command
-
-    def metrics_path(self, cell):
-        """Where finetune.py writes, before the cell is kept."""
-        return self.cell_path(cell).with_suffix(".metrics")
-
-    def pretraining_report(self, cell):
-        """The report of the tables that a cell starts from; None for a random start."""
-        if cell.pretraining is None:
-            return None
-        path = self.table_path(cell)
-        try:
-            meta = data.load_embeddings(path)["meta"]
-        except run.InputError:
-            raise damaged(path) from None
-        return meta["report"] | {"method": meta["method"]}
-
-    def keep_result(self, cell, report):
-        """Makes a cell of what finetune.py found and of the report of its pre-training."""
-        path = self.metrics_path(cell)
-        init = self.table_path(cell).name if cell.pretraining else "random"
-        found = json.loads(path.read_text()) | {"data": self.folder.name, "init": init}
-        self.write(cell, cell._asdict() | {"report": report, "finetune": found})
-        # The cell holds it all now.
-        path.unlink()
-
-    def keep_failure(self, cells, error, may_diverge):
-        """Keeps a failure that a second run would only repeat; InputError for any other."""
-        # This data has nothing for the system: its row is left out.
-        if any(words in error for words in NOTHING):
-            outcome = None
-        elif DIVERGED in error:
-            outcome = {"diverged": error}
-        else:
-            raise run.InputError(error)
-        for cell in cells:
-            self.write(cell, outcome)
-        if outcome and not may_diverge:
-            raise run.InputError(error)
-
-    def write(self, cell, outcome):
-        def write_json(file):
-            json.dump(outcome, file, indent=1)
-        run.write_file(self.cell_path(cell), write_json, "w")
-
-    def read(self, cell, may_diverge):
-        """What run returns for a cell that is there."""
-        path = self.cell_path(cell)
-        try:
-            outcome = json.loads(path.read_text())
-            has_diverged = outcome is not None and "diverged" in outcome
-            is_result = outcome is not None and not has_diverged
-            # What a result must have; anything else is no file of ours.
-            if is_result and not ("report" in outcome and outcome["finetune"]["test"]):
-                raise KeyError
-        except (ValueError, KeyError, TypeError):
-            raise damaged(path) from None
-        if has_diverged and not may_diverge:
-            raise run.InputError(outcome["diverged"])
-        return outcome if is_result else None
-
-
-def script_command(script, *flags):
-    """The command line of one of the project's scripts, from whatever folder."""
-    module_or_file = list(SCRIPTS[script])
-    if module_or_file[0] != "-m":
-        module_or_file[0] = str(ROOT / module_or_file[0])
-    return [sys.executable, *module_or_file, *flags]
-
-
-def unfinished(path):
-    """Where tables are written: an interrupted pre-training leaves its best so far there."""
-    return path.with_suffix(".part.npz")
-
-
-def damaged(path):
-    return run.InputError(f"{path}: damaged; delete it and run the same command again")
-
 
 # --- What every target needs --------------------------------------------------------------
+
+class Row(NamedTuple):
+    """One system or variant: its cells, a seed each, and what they found."""
+    cells: list
+    found: list
+
 
 @dataclass
 class Sweep:
@@ -417,12 +85,40 @@ class Sweep:
     label: str              # the data set's name
     seeds: list
     rates: tuple            # learning rates to choose from, as they were typed
-    patience: int | None    # of every pre-training; None: the scripts' own
+    patience: int | None    # of mmcpr.py, in epochs; None: its own
     settings: str           # what of data and features is not the default, for the titles
     dataset: object         # as data.open_data returns it
-    has_pairs: bool         # whether there are both texts and images
+    split_seed: int         # of the first seed's split
+    new_splits: bool        # whether the other seeds have other ones
+    letters: str            # the modalities that the data has, of RTVG
+    shares: list            # of the training interactions, of `regimes`
 
-    def run_rows(self, wanted, title):
+    @property
+    def has_pairs(self):
+        """Whether there are both texts and images."""
+        return {"T", "V"} <= set(self.letters)
+
+    def cell(self, pretraining, finetuning, seed, data_flags=()):
+        """A cell. Where the split is ours every seed has a split of its own."""
+        if self.new_splits and (self.dataset.labels is None or data_flags):
+            data_flags = ("--split-seed", str(self.split_seed + seed), *data_flags)
+        return Cell(pretraining, finetuning, seed, tuple(data_flags))
+
+    def pretraining(self, system, *flags):
+        """The command that makes a system's tables; None for a random start."""
+        if system == "random":
+            return None
+        if system not in ("mmcpr", "mf"):
+            return ("baselines.py", "--method", system, *flags)
+        # The other systems' patience counts steps, and stays theirs.
+        if self.patience:
+            flags += ("--patience", str(self.patience))
+        # Matrix factorisation by the BCE of Eq. 15: tables of users and items, nothing else.
+        if system == "mf":
+            flags = ("--modalities", "none", *flags)
+        return ("mmcpr.py", *flags)
+
+    def run_rows(self, wanted, title, data_flags=()):
         """{row: (pretraining, finetuning)} -> {row: [a found cell for each seed]}.
 
         Without the rows that the data has nothing for.
@@ -430,14 +126,14 @@ class Sweep:
         cells = []
         for pretraining, finetuning in wanted.values():
             for seed in self.seeds:
-                cells.append(Cell(pretraining, finetuning, seed))
+                cells.append(self.cell(pretraining, finetuning, seed, data_flags))
         found = self.cells.run(cells, title)
         rows = {}
         # The cells are in order: a row's seeds stand side by side.
-        for name in wanted:
-            of_row, found = found[:len(self.seeds)], found[len(self.seeds):]
-            if all(of_row):
-                rows[name] = of_row
+        for start, name in zip(range(0, len(cells), len(self.seeds)), wanted):
+            row = slice(start, start + len(self.seeds))
+            if all(found[row]):
+                rows[name] = Row(cells[row], found[row])
         return rows
 
     def show(self, name, lines):
@@ -452,13 +148,13 @@ class Choice(NamedTuple):
     scale: tuple  # flags of finetune.py
 
 
-def pretraining(system, *flags):
-    """The command that makes a system's tables; None for a random start."""
-    if system == "random":
-        return None
-    if system == "mmcpr":
-        return ("mmcpr.py", *flags)
-    return ("baselines.py", "--method", system, *flags)
+def scales_of(command):
+    """The flags of finetune.py to choose among for tables that a command makes."""
+    if command is None:
+        return (AS_IS,)
+    if "popular" in command:
+        return (NOT_TUNED,)
+    return (AS_IS, XAVIER)
 
 
 def choose(sweep, systems):
@@ -467,22 +163,18 @@ def choose(sweep, systems):
     Of all pairs the one with the best validation Recall@20 after fine-tuning, on the first seed.
     What learns nothing has no rate, and a random start no other scale.
     """
-    # Where it is not given the scripts keep their own.
-    patience = ("--patience", str(sweep.patience)) if sweep.patience else ()
     grid = []
-    for scale in (AS_IS, XAVIER):
-        for system in systems:
-            if system == "random" and scale != AS_IS:
-                continue
-            if system in ("random", "clip"):
-                grid.append((system, Choice((), scale)))
-                continue
-            for lr in sweep.rates:
-                grid.append((system, Choice(("--lr", lr, *patience), scale)))
+    for system in systems:
+        rates = [("--lr", lr) for lr in sweep.rates]
+        if system in ("popular", "random", "constant", "clip"):
+            rates = [()]
+        for scale in scales_of(sweep.pretraining(system)):
+            for rate in rates:
+                grid.append((system, Choice(rate, scale)))
     cells = []
     for system, choice in grid:
-        command = pretraining(system, *choice.rate)
-        cells.append(Cell(command, choice.scale, sweep.seeds[0]))
+        command = sweep.pretraining(system, *choice.rate)
+        cells.append(sweep.cell(command, choice.scale, sweep.seeds[0]))
     found = sweep.cells.run(cells, "learning rate and scale", may_diverge=True)
     chosen, best = {}, {}
     for (system, choice), cell in zip(grid, found):
@@ -495,9 +187,9 @@ def choose(sweep, systems):
 
 # --- The text of a table ------------------------------------------------------------------
 
-def test_values(cells, metric):
+def test_values(row, metric):
     """float [n_seeds]: one test metric."""
-    return np.array([cell["finetune"]["test"][metric] for cell in cells])
+    return np.array([cell["finetune"]["test"][metric] for cell in row.found])
 
 
 def mean_and_deviation(values):
@@ -507,15 +199,29 @@ def mean_and_deviation(values):
     return text
 
 
-def gain(ours, other):
-    """The relative gain, with the p-value of a paired t-test over seeds."""
-    text = f"{ours.mean() / other.mean() - 1:+.1%}"
-    # The test divides by the spread of the differences.
-    is_constant = np.ptp(ours - other) < 1e-9
-    if len(ours) < 2 or is_constant:
-        return text
-    p = stats.ttest_rel(ours, other).pvalue
-    return f"{text} (p < 0.001)" if p < 0.001 else f"{text} (p = {p:.3f})"
+def user_table(sweep, row, metric):
+    """float [n_seeds, n_users]: the metric of each user (compare.user_table)."""
+    runs = [sweep.cells.per_user(cell) for cell in row.cells]
+    return compare.user_table(runs, sweep.dataset.user_ids, metric)
+
+
+def difference(sweep, ours, other, metric):
+    """compare.Difference of two rows."""
+    return compare.paired_bootstrap(user_table(sweep, ours, metric),
+                                    user_table(sweep, other, metric))
+
+
+def gain(sweep, ours, other, metric):
+    """As "+5.1 % ± 1.2 (p = 0.002)": the relative gain, its standard error, p."""
+    found = difference(sweep, ours, other, metric)
+    base = test_values(other, metric).mean()
+    p = "p < 0.001" if found.p < 0.001 else f"p = {found.p:.3f}"
+    return f"{100 * found.mean / base:+.1f} % ± {100 * found.error / base:.1f} ({p})"
+
+
+def best_of(rows, metric):
+    """The name of the row with the highest mean."""
+    return max(rows, key=lambda name: test_values(rows[name], metric).mean())
 
 
 def title_of(sweep, name):
@@ -533,16 +239,20 @@ def table(sweep, name, rows, columns=None):
 
     columns: {title of a column beside the metrics: {row: text}}.
     """
+    return [title_of(sweep, name), "", *table_lines(rows, columns)]
+
+
+def table_lines(rows, columns=None):
+    """The same without the title."""
     columns = columns or {}
     names = [*METRICS, *columns]
-    lines = [title_of(sweep, name), "", "| | " + " | ".join(names) + " |",
-             "|---" * (1 + len(names)) + "|"]
-    for row, cells in rows.items():
-        texts = [row]
+    lines = ["| | " + " | ".join(names) + " |", "|---" * (1 + len(names)) + "|"]
+    for name, row in rows.items():
+        texts = [name]
         for metric in METRICS:
-            texts.append(mean_and_deviation(test_values(cells, metric)))
+            texts.append(mean_and_deviation(test_values(row, metric)))
         for column in columns.values():
-            texts.append(column.get(row, ""))
+            texts.append(column.get(name, ""))
         lines.append("| " + " | ".join(texts) + " |")
     return lines
 
@@ -557,22 +267,22 @@ def paper_column(names, values):
     return {"paper, recall@20": column}
 
 
-def rms(cells):
+def rms(row):
     """The RMS of the tables as they were handed over, of the first seed."""
-    return f"{cells[0]['report']['rms']['all']:.4g}"
+    return f"{row.found[0]['report']['rms']['all']:.4g}"
 
 
 def write_runs(path, used):
     """<target>.csv of {Cell: what it found}: what a paired comparison needs."""
-    header = ["pretraining", "finetuning", "seed", "epoch", "valid recall@20", *METRICS]
+    header = ["pretraining", "finetuning", "data", "seed", "epoch", "valid recall@20", *METRICS]
     rows = []
     for cell, found in used.items():
         if found is None:
             continue
         result = found["finetune"]
         row = [" ".join(cell.pretraining or ("random",)),
-               " ".join(("finetune.py", *cell.finetuning)), cell.seed, result["epoch"],
-               f"{result['valid']['recall@20']:.6f}"]
+               " ".join(("finetune.py", *cell.finetuning)), " ".join(cell.data), cell.seed,
+               result["epoch"], f"{result['valid']['recall@20']:.6f}"]
         for metric in METRICS:
             row.append(f"{result['test'][metric]:.6f}")
         rows.append(row)
@@ -601,68 +311,127 @@ def table2(sweep):
     wanted = {}
     for name, system in SYSTEMS.items():
         choice = chosen[system]
-        wanted[name] = (pretraining(system, *choice.rate), choice.scale)
-    found = sweep.run_rows(wanted, "table 2")
+        wanted[name] = (sweep.pretraining(system, *choice.rate), choice.scale)
+    rows = sweep.run_rows(wanted, "table 2")
+    systems = {name: SYSTEMS[name] for name in rows}
 
-    # The system behind each row; vectors that are not CLIP's do not stand under its name.
-    rows, systems = {}, {}
-    for name, cells in found.items():
-        if name == "CLIP" and cells[0]["report"]["method"] == "text+image":
-            systems["text+image"], rows["text+image"] = "clip", cells
-        else:
-            systems[name], rows[name] = SYSTEMS[name], cells
-    ours = {"MMCPR": rows.pop("MMCPR")}
-    others = rows
+    # Vectors that are not CLIP's do not stand under its name.
+    if "CLIP" in rows and rows["CLIP"].found[0]["report"]["method"] == "text+image":
+        rename(rows, "CLIP", "text+image")
+        rename(systems, "CLIP", "text+image")
 
     # A random start with larger rows is no weaker than one with smaller rows.
-    at_our_rms = "Random at the RMS of MMCPR as is"
-    wanted = {at_our_rms: (None, ("--scale", rms(ours["MMCPR"])))}
-    rescaled = sweep.run_rows(wanted, "Random at MMCPR's RMS")
-
+    at_our_rms = (None, ("--scale", rms(rows["MMCPR"])))
+    rows |= sweep.run_rows({"Random at the RMS of MMCPR as is": at_our_rms},
+                           "Random at MMCPR's RMS")
+    # The paper's rate, no decay, no bias; what it leaves open as ever.
+    rows |= sweep.run_rows({"MMCPR, the paper's recipe": papers_recipe(sweep)},
+                           "the paper's recipe")
     # Of the other systems only GCN-P reads reviews.
-    if "R" in ours["MMCPR"][0]["report"]["attention"]["user"]:
-        name, choice = "MMCPR without reviews", chosen["mmcpr"]
-        command = pretraining("mmcpr", *choice.rate, "--modalities", "TVG")
-        without = sweep.run_rows({name: (command, choice.scale)}, "without reviews")
-        ours = without | ours
-        systems[name] = "mmcpr"
+    if "R" in sweep.letters:
+        choice = chosen["mmcpr"]
+        command = sweep.pretraining("mmcpr", *choice.rate, "--modalities", "TVG")
+        rows |= sweep.run_rows({"MMCPR without reviews": (command, choice.scale)},
+                               "without reviews")
 
-    rows = {"Random": others["Random"]} | rescaled | others | ours
-    lines = table(sweep, "Table 2", rows, table2_columns(sweep, rows, systems, chosen))
+    lines = table(sweep, "Table 2", rows, table2_columns(rows, systems, chosen, sweep.label))
     lines.append("")
-    for name, cells in ours.items():
+    others = {}
+    for name, row in rows.items():
+        if name not in CONTROLS and not name.startswith(("MMCPR", "Random")):
+            others[name] = row
+    controls = {name: rows[name] for name in CONTROLS}
+    for name in ("MMCPR", "MMCPR without reviews", "MMCPR, the paper's recipe"):
         for metric in ("recall@20", "ndcg@20"):
-            lines.append(comparison(name, cells, others, metric))
-    lines += ["", f"{P_VALUE} The best other is the best on test. users: where a system brings "
-                  "none, fine-tuning starts them at random."]
+            if name in rows:
+                lines.append(comparison(sweep, name, rows, controls, others, metric))
+    lines += ["", smallest_difference(sweep, rows), "",
+              f"{P_VALUE} The best control and the best other are the best on test. users: where a "
+              "system brings none, fine-tuning starts them at random."]
     sweep.show("table2", lines)
 
 
-def table2_columns(sweep, rows, systems, chosen):
+def rename(rows, name, new_name):
+    """Gives an entry of a dict another name, in its place."""
+    entries = list(rows.items())
+    rows.clear()
+    for key, value in entries:
+        rows[new_name if key == name else key] = value
+
+
+def papers_recipe(sweep):
+    """(pretraining, finetuning) of MMCPR as the paper has it, at the scale validation chooses."""
+    command = sweep.pretraining("mmcpr", *THE_PAPERS)
+    return command, choose_scale(sweep, command, "the paper's recipe")
+
+
+def scale_cells(sweep, command, data_flags=()):
+    """The first seed's cells of a pre-training among which validation chooses the scale."""
+    return [sweep.cell(command, scale, sweep.seeds[0], data_flags)
+            for scale in scales_of(command)]
+
+
+def choose_scale(sweep, command, title, data_flags=()):
+    """AS_IS or XAVIER, by the first seed's validation Recall@20 after fine-tuning."""
+    cells = scale_cells(sweep, command, data_flags)
+    found = sweep.cells.run(cells, f"{title}: scale")
+    recalls = [cell["finetune"]["valid"]["recall@20"] if cell else -1 for cell in found]
+    return cells[int(np.argmax(recalls))].finetuning
+
+
+def table2_columns(rows, systems, chosen, label):
     """Whose users each row starts from, what validation chose for it, and the paper's value."""
-    users, rates, scales = {}, {}, {}
-    for name, cells in rows.items():
-        report = cells[0]["report"]
+    users, rates, scales, cosines = {}, {}, {}, {}
+    for name, row in rows.items():
+        report = row.found[0]["report"]
         users[name] = "its own" if report and "user" in report["rms"] else "random"
+        cosine = report.get("mean_cosine") if report else None
+        cosines[name] = "" if cosine is None else f"{cosine:.3f}"
     for name, system in systems.items():
         choice = chosen[system]
         rates[name] = choice.rate[1] if choice.rate else ""
-        scales[name] = "Xavier's" if choice.scale or system == "random" else "as is"
-    columns = {"users": users, "lr": rates, "scale": scales}
-    return columns | paper_column(SYSTEMS, PAPER.get(sweep.label))
+        scales[name] = scale_name(choice.scale, system == "random")
+    columns = {"users": users, "lr": rates, "scale": scales, "mean cosine of items": cosines}
+    return columns | paper_column(PAPER_SYSTEMS, PAPER.get(label))
 
 
-def comparison(name, cells, others, metric):
-    """One line: a row against Random and against the best of the others."""
-    means = {}
-    for other, of_other in others.items():
-        means[other] = test_values(of_other, metric).mean()
-    best = max(means, key=means.get)
-    value = test_values(cells, metric)
-    over_random = gain(value, test_values(others["Random"], metric))
-    over_best = gain(value, test_values(others[best], metric))
-    return (f"- {name}, {metric}: over Random {over_random}; "
-            f"over the best other, {best}, {over_best}")
+def scale_name(finetuning, is_random):
+    if finetuning == NOT_TUNED:
+        return "not tuned"
+    return "Xavier's" if finetuning == XAVIER or is_random else "as is"
+
+
+def comparison(sweep, name, rows, controls, others, metric):
+    """One line: a row against the best control, Random, and the best of the others."""
+    best_control = best_of(controls, metric)
+    texts = [f"over the best control, {best_control}, "
+             + gain(sweep, rows[name], controls[best_control], metric)]
+    if best_control != "Random":
+        texts.append(f"over Random {gain(sweep, rows[name], controls['Random'], metric)}")
+    if others:
+        best = best_of(others, metric)
+        texts.append(f"over the best other, {best}, "
+                     + gain(sweep, rows[name], others[best], metric))
+    return f"- {name}, {metric}: " + "; ".join(texts)
+
+
+def smallest_difference(sweep, rows, metric="recall@20"):
+    """One line: what difference these users and seeds can tell from none."""
+    found = difference(sweep, rows["MMCPR"], rows["Random"], metric)
+    smallest = 1.96 * found.error
+    share = smallest / test_values(rows["Random"], metric).mean()
+    return (f"The smallest difference to Random that these users and seeds tell from none: "
+            f"{smallest:.4f} of {metric}, {share:.1%} (1.96 standard errors).")
+
+
+def control_rows(sweep):
+    """The rows of the controls, at the rate and scale that validation chooses for each."""
+    chosen = choose(sweep, [SYSTEMS[name] for name in CONTROLS])
+    wanted = {}
+    for name in CONTROLS:
+        choice = chosen[SYSTEMS[name]]
+        wanted[name] = (sweep.pretraining(SYSTEMS[name], *choice.rate), choice.scale)
+    return sweep.run_rows(wanted, "controls")
 
 
 def table3(sweep):
@@ -673,15 +442,14 @@ def table3(sweep):
     for name, flags in variants.items():
         # Without items that have both text and image there is no CIMA to leave out.
         if sweep.has_pairs or name == "MMCPR":
-            wanted[name] = (pretraining("mmcpr", *choice.rate, *flags), choice.scale)
-    rows = sweep.run_rows(wanted, "table 3")
+            wanted[name] = (sweep.pretraining("mmcpr", *choice.rate, *flags), choice.scale)
+    rows = control_rows(sweep) | sweep.run_rows(wanted, "table 3")
     columns = {}
     for metric in ("recall@20", "ndcg@20"):
-        ours = test_values(rows["MMCPR"], metric)
         gains = {}
-        for name, cells in rows.items():
+        for name, row in rows.items():
             if name != "MMCPR":
-                gains[name] = gain(test_values(cells, metric), ours)
+                gains[name] = gain(sweep, row, rows["MMCPR"], metric)
         columns[f"{metric} against MMCPR"] = gains
     columns |= paper_column(variants, PAPER_ABLATION.get(sweep.label))
     sweep.show("table3", [*table(sweep, "Table 3", rows, columns), "", P_VALUE])
@@ -694,26 +462,166 @@ def scale_of_start(sweep):
     contents, and not noise.
     """
     rate = choose(sweep, ["mmcpr"])["mmcpr"].rate
-    ours = pretraining("mmcpr", *rate)
+    ours = sweep.pretraining("mmcpr", *rate)
     wanted = {"MMCPR, as is": (ours, AS_IS), "MMCPR, to Xavier's RMS": (ours, XAVIER)}
     if sweep.has_pairs:
-        without = pretraining("mmcpr", *rate, "--lam", "0")
+        without = sweep.pretraining("mmcpr", *rate, "--lam", "0")
         wanted["w/o CIMA, as is"] = (without, AS_IS)
         wanted["w/o CIMA, to Xavier's RMS"] = (without, XAVIER)
-    wanted["MMCPR not trained, to Xavier's RMS"] = (pretraining("mmcpr", *UNTRAINED), XAVIER)
-    wanted["Random, Xavier"] = (None, AS_IS)
+    wanted["MMCPR not trained, to Xavier's RMS"] = (sweep.pretraining("mmcpr", *UNTRAINED), XAVIER)
     rows = sweep.run_rows(wanted, "scale")
     our_rms = ("--scale", rms(rows["MMCPR, as is"]))
     rows |= sweep.run_rows({"Random, at the RMS of MMCPR as is": (None, our_rms)}, "scale")
+    rows |= control_rows(sweep)
     sweep.show("scale", table(sweep, "Scale of the start", rows))
     # The curves without the ablation: they would hide each other.
     curves = {}
-    for name, cells in rows.items():
+    for name, row in rows.items():
         if "CIMA" not in name:
-            histories = [cell["finetune"]["history"] for cell in cells]
+            histories = [cell["finetune"]["history"] for cell in row.found]
             curves[name] = curve(histories, "recall@20")
     panels = {"validation Recall@20": curves}
     plot(sweep.folder / "scale.png", panels, draw_lines, "epoch of fine-tuning")
+
+
+# --- The map: how each gain fades as data grows, and who gains --------------------------------
+
+SHARES = (".1", ".2", ".4", ".7", "1")
+
+
+def starts(sweep):
+    """{name: pretraining} of the map: the controls, graphs or contents alone, and everything.
+
+    With the scripts' own recipe: no rate is chosen.
+    """
+    wanted = {name: sweep.pretraining(SYSTEMS[name]) for name in CONTROLS}
+    wanted["Graphs alone"] = sweep.pretraining("mmcpr", "--modalities", "G")
+    contents = sweep.letters.removesuffix("G")
+    if contents:
+        command = sweep.pretraining("mmcpr", "--modalities", contents)
+        wanted[f"Contents alone ({contents})"] = command
+        wanted["MMCPR"] = sweep.pretraining("mmcpr")
+    return wanted
+
+
+def run_starts(sweep, wanted, title, splits):
+    """run_rows of {name: pretraining} at the scale that validation chooses, for each split.
+
+    splits: {name of a split: flags of the data}. Returns {name of a split: its rows}. All that
+    can run side by side does: first the choice, then the rows.
+    """
+    trials = []
+    for data_flags in splits.values():
+        for command in wanted.values():
+            trials += scale_cells(sweep, command, data_flags)
+    sweep.cells.run(trials, f"{title}: scale")
+    rows_of, chosen, cells = {}, {}, []
+    for split, data_flags in splits.items():
+        chosen[split] = {}
+        for name, command in wanted.items():
+            scale = choose_scale(sweep, command, title, data_flags)
+            chosen[split][name] = (command, scale)
+            for seed in sweep.seeds:
+                cells.append(sweep.cell(command, scale, seed, data_flags))
+    sweep.cells.run(cells, title)
+    for split, data_flags in splits.items():
+        rows_of[split] = sweep.run_rows(chosen[split], title, data_flags)
+    return rows_of
+
+
+def regimes(sweep):
+    """Recall and NDCG against the share of training interactions that is kept."""
+    splits = {}
+    for kept in sweep.shares:
+        # All of it: the cells of Table 2.
+        splits[kept] = () if float(kept) == 1 else ("--keep", kept)
+    rows_at = run_starts(sweep, starts(sweep), "the map", splits)
+    lines = [title_of(sweep, "The map"), ""]
+    for kept, rows in rows_at.items():
+        lines += regime_lines(sweep, kept, rows)
+    for kept, rows in rows_at.items():
+        lines += who_lines(sweep, kept, rows)
+    lines.append(P_VALUE)
+    sweep.show("regimes", lines)
+    panels = {}
+    for metric in ("recall@20", "ndcg@20"):
+        curves = {}
+        for name in starts(sweep):
+            x = [float(kept) for kept in sweep.shares]
+            curves[name] = (x, [test_values(rows[name], metric) for rows in rows_at.values()])
+        panels[f"test {metric}"] = curves
+    plot(sweep.folder / "regimes.png", panels, draw_lines, "share of the training interactions")
+
+
+def regime_lines(sweep, kept, rows):
+    """Lines of Markdown of one share: the metrics, and what each row gains."""
+    controls = {name: rows[name] for name in CONTROLS}
+    best = best_of(controls, "recall@20")
+    over_best, over_random, scales = {}, {}, {}
+    for name, row in rows.items():
+        scales[name] = scale_name(row.cells[0].finetuning, name == "Random")
+        if name != best:
+            over_best[name] = gain(sweep, row, rows[best], "recall@20")
+        if name != "Random":
+            over_random[name] = gain(sweep, row, rows["Random"], "recall@20")
+    columns = {f"recall@20 over {best}": over_best, "over Random": over_random, "scale": scales}
+    return [f"## Share {kept}", "", *table_lines(rows, columns), ""]
+
+
+def who_lines(sweep, kept, rows):
+    """Lines of Markdown of one share: who gains, by how much is known of a user, of an item."""
+    shown = {name: rows[name] for name in (*CONTROLS, "MMCPR") if name in rows}
+    return [*bin_lines(sweep, shown, f"Share {kept}, Recall@20 by a user's training interactions",
+                       compare.by_user, compare.USER_BINS),
+            *bin_lines(sweep, shown, f"Share {kept}, test interactions ranked among the first 20, "
+                       "by the item's training interactions",
+                       compare.by_item, compare.ITEM_BINS)]
+
+
+def bin_lines(sweep, rows, title, means_of, edges):
+    """means_of: compare.by_user or by_item."""
+    names = compare.bin_names(edges)
+    lines = [f"### {title}", "", "| | " + " | ".join(names) + " |",
+             "|---" * (1 + len(names)) + "|"]
+    counts = []
+    for name, row in rows.items():
+        # The counts are the same for all rows.
+        means, counts = means_of([sweep.cells.per_user(cell) for cell in row.cells])
+        texts = ["" if np.isnan(mean) else f"{mean:.4f}" for mean in means]
+        lines.append(f"| {name} | " + " | ".join(texts) + " |")
+    lines.append("| how many, all seeds | " + " | ".join(f"{n:,}" for n in counts) + " |")
+    return [*lines, ""]
+
+
+def new_items(sweep):
+    """A tenth of the items without any training interaction, ranked among themselves."""
+    contents = sweep.letters.removesuffix("G")
+    if not set(contents) & set("TV"):
+        print("new items: this data has neither texts nor images to know them by")
+        return
+    alone = sweep.pretraining("mmcpr", "--modalities", contents)
+    wanted = {"Random": None, f"Contents alone ({contents})": alone,
+              "MMCPR": sweep.pretraining("mmcpr")}
+    if sweep.has_pairs:
+        wanted["w/o CIMA (λ = 0)"] = sweep.pretraining("mmcpr", "--lam", "0")
+    data_flags = ("--new-items", "0.1")
+    tuned = run_starts(sweep, wanted, "new items", {"new": data_flags})["new"]
+    as_given = {name: (command, ("--epochs", "0")) for name, command in wanted.items()}
+    rows = {}
+    for name, row in sweep.run_rows(as_given, "new items as handed over", data_flags).items():
+        rows[f"{name}, as handed over"] = row
+        rows[f"{name}, fine-tuned"] = tuned[name]
+    n_new = round(0.1 * sweep.dataset.n_items)
+    lines = [title_of(sweep, "New items"), "",
+             f"{n_new} of {sweep.dataset.n_items:,} items, ranked among themselves; chance is a "
+             f"Recall@20 of {min(1, 20 / n_new):.3f}.", "", *table_lines(rows)]
+    if "w/o CIMA (λ = 0), as handed over" in rows:
+        lines.append("")
+        for how in ("as handed over", "fine-tuned"):
+            text = gain(sweep, rows[f"MMCPR, {how}"], rows[f"w/o CIMA (λ = 0), {how}"],
+                        "recall@20")
+            lines.append(f"- {how}: MMCPR over MMCPR without CIMA, recall@20 {text}")
+    sweep.show("new-items", [*lines, "", P_VALUE])
 
 
 # --- Figures ------------------------------------------------------------------------------
@@ -780,43 +688,40 @@ def plot(path, panels, draw, xlabel=""):
 
 def fig3(sweep):
     choice = choose(sweep, ["mmcpr"])["mmcpr"]
-    command = pretraining("mmcpr", *choice.rate)
-    # The modalities that this data has are those with attention where all are asked for.
-    full = sweep.cells.run([Cell(command, choice.scale, sweep.seeds[0])], "figure 3")[0]
-    present = set()
-    for attention in full["report"]["attention"].values():
-        present |= set(attention)
+    command = sweep.pretraining("mmcpr", *choice.rate)
     wanted = {}
     for subset in ("T", "V", "R", "G", "TV", "TG", "VG", "RG", "TVG", "RTVG"):
-        if set(subset) == present:
+        if set(subset) == set(sweep.letters):
             wanted[subset] = (command, choice.scale)  # all that there is: the cells of Table 2
-        elif set(subset) < present:
+        elif set(subset) < set(sweep.letters):
             wanted[subset] = ((*command, "--modalities", subset), choice.scale)
-    rows = sweep.run_rows(wanted, "figure 3")
-    column = {subset: attention_text(cells) for subset, cells in rows.items()}
+    subsets = sweep.run_rows(wanted, "figure 3")
+    rows = control_rows(sweep) | subsets
+    column = {subset: attention_text(row) for subset, row in subsets.items()}
     lines = table(sweep, "Figure 3", rows, {"mean attention where present": column})
     lines += ["", "A side that a subset leaves with nothing (users under T, V, TV; items under "
                   "R) has a trained table instead."]
     sweep.show("fig3", lines)
     plot_subsets(sweep.folder / "fig3.png", rows)
-    plot_attention(sweep.folder / "attention.png", rows)
-    plot_training(sweep.folder / "training.png", rows)
+    plot_attention(sweep.folder / "attention.png", subsets)
+    plot_training(sweep.folder / "training.png", subsets)
 
 
-def attention_of(cells, side):
+def attention_of(row, side):
     """{modality: its mean attention, one value of each seed}; side: "user" or "item"."""
     values = {}
-    for modality in cells[0]["report"]["attention"][side]:
-        values[modality] = [cell["report"]["attention"][side][modality] for cell in cells]
+    for modality in row.found[0]["report"]["modalities"][side]:
+        of_seeds = [cell["report"]["modalities"][side][modality] for cell in row.found]
+        values[modality] = [of_seed["attention"] for of_seed in of_seeds]
     return values
 
 
-def attention_text(cells):
+def attention_text(row):
     """As "user R 0.40 G 0.60; item T 0.30 G 0.70": the means over seeds."""
     texts = []
     for side in ("user", "item"):
         words = [side]
-        for modality, values in attention_of(cells, side).items():
+        for modality, values in attention_of(row, side).items():
             words.append(f"{modality} {np.mean(values):.2f}")
         if len(words) > 1:
             texts.append(" ".join(words))
@@ -826,7 +731,7 @@ def attention_text(cells):
 def plot_subsets(path, rows):
     panels = {}
     for metric in ("recall@20", "ndcg@20"):
-        values = [test_values(cells, metric) for cells in rows.values()]
+        values = [test_values(row, metric) for row in rows.values()]
         panels[metric] = {"MMCPR": (list(rows), values)}
     plot(path, panels, draw_bars)
 
@@ -835,8 +740,8 @@ def plot_attention(path, rows):
     panels = {}
     for side in ("user", "item"):
         shown = {}
-        for subset, cells in rows.items():
-            attention = attention_of(cells, side)
+        for subset, row in rows.items():
+            attention = attention_of(row, side)
             if attention:
                 shown[subset] = attention
         curves = {}
@@ -854,9 +759,9 @@ def plot_training(path, rows):
     panels = {}
     for title, key in (("loss per positive (BCE)", "bce"), ("validation Recall@20", "recall@20")):
         curves = {}
-        for subset, cells in rows.items():
+        for subset, row in rows.items():
             if len(subset) != 2:
-                curves[subset] = curve([cells[0]["report"]["history"]], key)
+                curves[subset] = curve([row.found[0]["report"]["history"]], key)
         panels[title] = curves
     plot(path, panels, draw_lines, "epoch")
 
@@ -875,23 +780,27 @@ def fig4(sweep):
             if reading == "bce" and lam != "0":
                 flags += ("--cima", "bce")
             name = f"{reading}, λ = {lam}"
-            wanted[name] = (pretraining("mmcpr", *choice.rate, *flags), choice.scale)
+            wanted[name] = (sweep.pretraining("mmcpr", *choice.rate, *flags), choice.scale)
             points[name] = (reading, float(lam))
     rows = sweep.run_rows(wanted, "figure 4")
+    controls = control_rows(sweep)
     column = {}
-    for name, cells in rows.items():
+    for name, row in rows.items():
         if points[name][1] < 1:  # else there is no BCE
-            column[name] = f"{np.mean([bce_share(cell) for cell in cells]):.2f}"
+            column[name] = f"{np.mean([bce_share(cell) for cell in row.found]):.2f}"
     columns = {"BCE, of that of popularity alone": column}
-    sweep.show("fig4", table(sweep, "Figure 4", rows, columns))
+    sweep.show("fig4", table(sweep, "Figure 4", controls | rows, columns))
     panels = {}
     for metric in ("recall@20", "ndcg@20"):
         curves = {"softmax": ([], []), "bce": ([], [])}
-        for name, cells in rows.items():
+        for name, row in rows.items():
             reading, lam = points[name]
             weights, values = curves[reading]
             weights.append(lam)
-            values.append(test_values(cells, metric))
+            values.append(test_values(row, metric))
+        # They have no λ: a line from end to end.
+        for name, row in controls.items():
+            curves[name] = ([0, 1], [test_values(row, metric)] * 2)
         panels[metric] = curves
     plot(sweep.folder / "fig4.png", panels, draw_lines, "λ")
 
@@ -904,7 +813,7 @@ def bce_share(cell):
 # --- The command line ---------------------------------------------------------------------
 
 TARGETS = {"table1": table1, "table2": table2, "table3": table3, "fig3": fig3, "fig4": fig4,
-           "scale": scale_of_start}
+           "scale": scale_of_start, "regimes": regimes, "new-items": new_items}
 
 
 def rate(text):
@@ -914,16 +823,26 @@ def rate(text):
     return text
 
 
+def share(text):
+    """argparse type: a share above 0 and up to 1, as it was written."""
+    if not 0 < float(text) <= 1:
+        raise argparse.ArgumentTypeError("must be above 0 and at most 1")
+    return text
+
+
 def arguments():
     parser = argparse.ArgumentParser(
         prog="python -m paper.reproduce", formatter_class=run.Help,
         description="Make the paper's tables and figures.")
     parser.add_argument("target", choices=(*TARGETS, "all"))
-    parser.add_argument("--seeds", type=run.non_negative, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--seeds", type=run.non_negative, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rates", type=rate, nargs="+", default=GRID,
                         help="learning rates to choose from; the default is the paper's grid")
     parser.add_argument("--patience", type=run.positive,
-                        help="of every pre-training, in epochs; the default is the scripts' own")
+                        help="of mmcpr.py, in epochs; the default is its own")
+    parser.add_argument("--shares", type=share, nargs="+", default=SHARES,
+                        help="of each user's training interactions, for regimes "
+                        "(default: .1 .2 .4 .7 1)")
     parser.add_argument("--jobs", type=run.positive, default=1,
                         help="scripts at a time; they share the cores")
     parser.add_argument("--results", default="paper/results",
@@ -938,6 +857,11 @@ def check_arguments(args):
         raise run.InputError("--seeds names one twice")
     if len(set(map(float, args.rates))) < len(args.rates):
         raise run.InputError("--rates names one twice")
+    if args.keep is not None or args.new_items is not None:
+        raise run.InputError("--keep and --new-items are set by the targets regimes and new-items; "
+                             "leave them out")
+    if len(set(map(float, args.shares))) < len(args.shares):
+        raise run.InputError("--shares names one twice")
     if args.valid == 0:
         raise run.InputError("--valid 0 leaves nothing to choose learning rate and scale by")
 
@@ -981,9 +905,9 @@ def open_sweep(args):
     # Of the split and the features: cells of other data have other names.
     fingerprint = run.run_id({}, parts, features.values())
     cells = Cells(data_flags, encoding_flags, fingerprint, folder, args.jobs)
-    has_pairs = "T" in features and "V" in features
+    letters = "".join(letter for letter in "RTV" if letter in features) + "G"
     return Sweep(cells, folder, label, args.seeds, args.rates, args.patience, settings, dataset,
-                 has_pairs)
+                 data_options["split_seed"], not data_options["sample"], letters, args.shares)
 
 
 def main(argv=None):

@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -22,15 +23,18 @@ import pytest
 import scipy.sparse as sp
 import torch
 import torch.nn.functional as F
+from scipy import stats
 from PIL import Image
 
 import data
 import finetune
+import metrics
 import mmcpr
 import ops
 import run
-from paper import baselines, bench, reproduce
-from conftest import binary, call, shop, write_shop
+from paper import baselines, bench, compare, map, reproduce
+from paper.cells import Cell, Cells
+from conftest import HERE, binary, call, shop, write_shop
 
 CONTENTS = ("item_text.npy", "item_image.npy", "review.npy", "items.csv")
 
@@ -148,6 +152,32 @@ def test_item_graph_against_the_loop():
             assert kept == pytest.approx(heaviest, rel=1e-5)
             for b in want:
                 assert got[a, b] in (0, pytest.approx(want[b], rel=1e-5))
+
+
+@pytest.mark.parametrize("method", ["mmgcn", "gcnp"])
+def test_epoch_visits_every_interaction_once(method):
+    """Each with one negative, an item that the user does not have."""
+    rng = np.random.default_rng(31)
+    R = binary(rng, 12, 9, 0.3)
+    x = baselines.unit_rows({"T": rng.normal(size=(9, 4))}, "T")["T"]
+    if method == "mmgcn":
+        model = baselines.MMGCN(R, {"T": x}, 6, 5)
+    else:
+        model = baselines.GCNP(R, None, x, 6, 5, k=4)
+    draw, drawn = model.draw, []
+
+    def spy(batch):
+        drawn.append(draw(batch))
+        return drawn[-1]
+
+    model.draw = spy
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    for _ in range(2):
+        drawn.clear()
+        assert len(baselines.train_epoch(model, optimizer)) == -(-R.nnz // 5)
+        users, pos_items, neg_items = (torch.cat(part).tolist() for part in zip(*drawn))
+        assert sorted(zip(users, pos_items)) == list(zip(*R.nonzero()))
+        assert not any(R[u, j] for u, j in zip(users, neg_items))
 
 
 # --- baselines.py: CLIP, MMGCN ------------------------------------------------------------
@@ -276,6 +306,60 @@ def test_gptgnn_never_sees_the_edges_it_must_predict(monkeypatch):
         assert not is_out[~is_at_target].any()
 
 
+@pytest.mark.parametrize("epoch", [1, 10, 30])
+def test_gptgnn_negatives_share_no_user_with_the_target(epoch):
+    """The loss by a plain loop, where most edges of G_i are not kept; so for the queue.
+
+    Item 0 shares a user with every other one: without any negative its edges cost nothing.
+    """
+    rng = np.random.default_rng(32)
+    R = binary(rng, 40, 30, 0.06).tolil()
+    for other in range(30):
+        R[other, [0, other]] = 1
+    R = R.tocsr()
+    A = (R.T @ R).toarray() > 0
+    torch.manual_seed(0)
+    model = baselines.GPTGNN(R, torch.randn(30, 5), 8, 16, n_heads=2, cap=2).eval()
+    kept = model.graph.toarray() > 0
+    assert kept.sum() < A.sum() / 2
+    model.epoch = epoch
+    # Items of the step: the first four are targets. Of the queue a part counts.
+    nodes = torch.tensor([0, 7, 3, 9, 12, 5, 20, 21, 25, 28])
+    h = torch.randn(10, 8, requires_grad=True)
+    queue = F.normalize(torch.randn(256, 8))
+    queue_items = torch.from_numpy(rng.integers(30, size=256))
+    model.queue, model.queue_items = queue, queue_items
+    sender, receiver = torch.tensor([4, 5, 1, 8, 2]), torch.tensor([0, 1, 2, 3, 3])
+    loss = model.edge_loss(h, nodes, sender, receiver, 4)
+
+    def score(target, vector):
+        return F.cosine_similarity(model.edge(h[target]), vector, dim=0) / 0.1
+
+    losses, n_left_out = [], 0
+    for s, t in zip(sender.tolist(), receiver.tolist()):
+        length = min(256, 256 * epoch // 20)
+        others = list(zip(nodes.tolist(), h)) + list(zip(queue_items.tolist(), queue[:length]))
+        negatives = []
+        for item, vector in others:
+            target = nodes[t].item()
+            if item != target and not A[target, item]:
+                negatives.append(score(t, vector))
+            n_left_out += item != target and A[target, item] and not kept[target, item]
+        scores = torch.stack([score(t, h[s]), *negatives])
+        losses.append(-scores.log_softmax(0)[0])
+    assert n_left_out and losses[0] == 0 and min(losses[1:]) > 0
+    torch.testing.assert_close(loss, torch.stack(losses).mean())
+    assert torch.autograd.grad(loss, h)[0].isfinite().all()
+    # The queue keeps which item a vector is of; the newest in front.
+    place = {item: n for n, item in enumerate(nodes.tolist())}
+    assert len(model.queue) == 256
+    assert sorted(model.queue_items[:10].tolist()) == sorted(nodes.tolist())
+    for vector, item in zip(model.queue[:10], model.queue_items[:10].tolist()):
+        torch.testing.assert_close(vector, F.normalize(h[place[item]].detach(), dim=0))
+    assert torch.equal(model.queue[10:], queue[:246])
+    assert torch.equal(model.queue_items[10:], queue_items[:246])
+
+
 # --- baselines.py: Graph-BERT -------------------------------------------------------------
 
 def test_intimacy_against_the_dense_inverse():
@@ -295,7 +379,8 @@ def test_intimacy_against_the_dense_inverse():
 
 
 def test_graphbert_contexts_and_losses_against_the_loop():
-    """Codes, what z must say and how near it must be; empty places of a context have no pair."""
+    """Codes, each of a root mean square of .02, what z must say and how near it must be; empty
+    places of a context have no pair."""
     rng = np.random.default_rng(28)
     R = binary(rng, 40, 20, 0.06)
     A = ((R.T @ R).toarray() > 0) * (1 - np.eye(20, dtype=int))
@@ -314,7 +399,8 @@ def test_graphbert_contexts_and_losses_against_the_loop():
             hops = 0 if j == i else 1 if A[i, j] else 2
             want = 0
             for code in (A[j].sum(), place, hops):
-                want = want + baselines.sinusoid(torch.tensor(float(code)), 8)
+                wave = baselines.sinusoid(torch.tensor(float(code)), 8)
+                want = want + 0.02 * wave / wave.square().mean().sqrt()
             torch.testing.assert_close(model.codes[i, place], want)
 
     encode, drawn = model.encode, []
@@ -391,6 +477,24 @@ def pmgt_views(rng):
     features = {"T": rng.normal(size=(20, 4)),
                 "V": missing_in(range(5), rng.normal(size=(20, 3)))}
     return baselines.unit_rows(features, "TV")
+
+
+def test_pmgt_starts_from_the_contents():
+    """Positions and roles from N(0, .01): items of different contents have different vectors."""
+    rng = np.random.default_rng(33)
+    torch.manual_seed(0)
+    features = {"T": rng.normal(size=(200, 32)), "V": rng.normal(size=(200, 16))}
+    views = baselines.unit_rows(features, "TV")
+    model = baselines.PMGT(binary(rng, 300, 200, 0.01), views, 64, 100, k=20)
+    for table in (model.position, model.role):
+        assert abs(table.mean()) < 0.003
+        assert table.std().item() == pytest.approx(0.01, rel=0.15)
+    for linear in (*model.project, model.gate):
+        bound = (6 / (linear.in_features + linear.out_features)) ** 0.5
+        assert 0.9 * bound < linear.weight.abs().max() <= bound
+        assert not linear.bias.any()
+    _, item = baselines.embed(model)
+    assert baselines.mean_cosine(item) < 0.6
 
 
 def test_pmgt_masks_context_tokens_only():
@@ -470,7 +574,7 @@ def dense_nearest(x, k):
     return near
 
 
-def test_gcnp_layers_and_loss_against_the_loop(monkeypatch):
+def test_gcnp_layers_and_loss_against_the_loop():
     rng = np.random.default_rng(30)
     R = binary(rng, 12, 9, 0.3)
     x = baselines.unit_rows({"T": rng.normal(size=(9, 4)) + 1}, "T")["T"]
@@ -489,10 +593,8 @@ def test_gcnp_layers_and_loss_against_the_loop(monkeypatch):
         outputs.append(h)
     for got, want in zip(model.embed(), outputs):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
-    users = torch.tensor([0, 3, 5])
-    pos_items, neg_items = torch.tensor([1, 2, 0]), torch.tensor([4, 4, 8])
-    has_any = torch.ones(3, dtype=torch.bool)
-    monkeypatch.setattr(baselines, "draw_columns", lambda matrix, rows: (pos_items, has_any))
+    batch, neg_items = [2, 7, 11], torch.tensor([4, 4, 8])
+    users, pos_items = (part[batch] for part in R.nonzero())
     model.sample_negatives = lambda users, m: neg_items[:, None]
 
     def probability(u, i):
@@ -502,7 +604,7 @@ def test_gcnp_layers_and_loss_against_the_loop(monkeypatch):
     want = 0
     for u, i, j in zip(users, pos_items, neg_items):
         want += (-np.log(probability(u, i)) - np.log(1 - probability(u, j))) / 3
-    assert model.loss(users).item() == pytest.approx(want, rel=1e-4)
+    assert model.loss(torch.tensor(batch)).item() == pytest.approx(want, rel=1e-4)
 
 
 def test_gcnp_graph_against_the_dense_one():
@@ -517,6 +619,98 @@ def test_gcnp_graph_against_the_dense_one():
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
     got_grad, want_grad = torch.autograd.grad(got, h, g), torch.autograd.grad(want, h, g)
     torch.testing.assert_close(got_grad, want_grad, rtol=1e-4, atol=1e-5)
+
+
+# --- baselines.py: training ---------------------------------------------------------------
+
+class Stub(torch.nn.Module):
+    """A method of n_steps steps an epoch that nothing can be learned from."""
+
+    def __init__(self, n_steps=1):
+        super().__init__()
+        self.n_steps = n_steps
+        self.table = torch.nn.Parameter(torch.full((3, 2), 2.0))
+
+    def batches(self):
+        return range(self.n_steps)
+
+    def loss(self, batch):
+        return 0 * self.table.sum()
+
+    def embed(self):
+        return None, self.table.detach().clone()
+
+
+def train_stub(monkeypatch, stub, method, lr, *flags):
+    """The Trial of the stub in place of the method, all else as it is by default."""
+    args = baselines.arguments().parse_args(["--method", method, *flags])
+    parts = Namespace(train=None)
+    monkeypatch.setattr(baselines, "build_model", lambda *_: stub)
+    monkeypatch.setattr(baselines, "validate", lambda *_: 0.5)
+    return baselines.pretrain(args, parts, {}, lr)
+
+
+@pytest.mark.parametrize("n_steps, epochs", [(1, 1005), (3, 340), (300, 55)])
+def test_patience_counts_steps(monkeypatch, n_steps, epochs):
+    """1,000 steps without a new best, however many make an epoch, and ten validations, of which
+    every 5th epoch has one."""
+    trial = train_stub(monkeypatch, Stub(n_steps), "mmgcn", 0.01)
+    assert trial.report["epoch"] == 5 and trial.report["step"] == 5 * n_steps
+    assert trial.report["epochs_run"] == epochs
+    assert trial.report["steps_run"] == n_steps * epochs >= 1000 + 5 * n_steps
+
+
+@pytest.mark.parametrize("method, decay", [("pmgt", 1e-4), ("gptgnn", 1e-2), ("mmgcn", 0),
+                                           ("gcnp", 0)])
+def test_decay_apart_from_the_gradient(monkeypatch, method, decay):
+    """A step at rate .1, without any gradient, from a table of 2s."""
+    trial = train_stub(monkeypatch, Stub(), method, 0.1, "--epochs", "1")
+    want = torch.full((3, 2), 2 * (1 - 0.1 * decay))
+    torch.testing.assert_close(trial.item, want, rtol=0, atol=1e-6)
+
+
+def test_decay_of_graphbert_is_part_of_the_gradient(monkeypatch):
+    """Adam's first step is the rate, .1, against the gradient, however small that is."""
+    stub = Stub()
+    stub.loss = lambda batch: (stub.table * torch.tensor([0, -1e-3])).sum()
+    trial = train_stub(monkeypatch, stub, "graphbert", 0.1, "--epochs", "1")
+    # The decay's gradient is 5e-4 * 2; in the second column the loss's cancels it.
+    want = torch.tensor([1.9, 2]).expand(3, 2)
+    torch.testing.assert_close(trial.item, want, rtol=0, atol=1e-3)
+
+
+def test_users_of_a_validation_are_means_of_centred_items():
+    """Where all items lean one way, more or less, what they differ in says whom they are for."""
+    rng = np.random.default_rng(34)
+    user_taste, item_taste = rng.integers(2, size=30), rng.integers(2, size=60)
+    liked = (user_taste[:, None] == item_taste) & (rng.random((30, 60)) < 0.5)
+    is_valid = liked & (rng.random((30, 60)) < 0.3)
+    train = sp.csr_matrix((liked & ~is_valid).astype(np.float32))
+    valid = sp.csr_matrix(is_valid.astype(np.float32))
+    columns = [2 * item_taste - 1, 30 + 0.3 * rng.normal(size=60)]
+    item = torch.from_numpy(np.stack(columns, 1)).float()
+    user, uncentred = torch.zeros(30, 2), torch.zeros(30, 2)
+    for u in range(30):
+        bought = item[train[[u]].indices]
+        user[u] = (bought - item.mean(0)).mean(0)
+        uncentred[u] = bought.mean(0)
+    users = np.flatnonzero(np.diff(valid.indptr))
+    got = baselines.validate(None, item, Namespace(train=train, valid=valid))
+    want = metrics.evaluate_plain(user, item, train, valid, 20, users)["recall@20"]
+    without = metrics.evaluate_plain(uncentred, item, train, valid, 20, users)["recall@20"]
+    assert got == pytest.approx(want) and got > without + 0.2
+
+
+def test_mean_cosine_against_the_double_loop():
+    rng = np.random.default_rng(35)
+    x = torch.from_numpy(rng.normal(size=(9, 4)) + 0.7)
+    x[3] = 0
+    cosines = []
+    for a in range(9):
+        for b in range(9):
+            if a != b:
+                cosines.append(F.cosine_similarity(x[a], x[b], dim=0).item())
+    assert baselines.mean_cosine(x) == pytest.approx(np.mean(cosines))
 
 
 # --- baselines.py: the command line -------------------------------------------------------
@@ -541,11 +735,14 @@ def test_every_baseline_initialises_finetuning(shop_folder, capsys, method):
     assert pretrain(method, *flags, "--lr", 0.01) == 0
     arrays = data.load_embeddings("b.npz")
     assert arrays["item"].shape == (30, 8)
-    assert ("user" in arrays) == (method in ("random", "mmgcn", "gcnp"))
+    assert ("user" in arrays) == (method in ("random", "popular", "mmgcn", "gcnp"))
     # Ready features are not CLIP's.
     assert arrays["meta"]["method"] == ("text+image" if method == "clip" else method)
+    report = arrays["meta"]["report"]
+    cosine = baselines.mean_cosine(torch.from_numpy(arrays["item"]))
+    assert report["mean_cosine"] == pytest.approx(cosine, abs=1e-6)
+    assert f"mean cosine of the item rows {cosine:.3f}" in capsys.readouterr().out
     if method in TRAINED:
-        report = arrays["meta"]["report"]
         assert report["history"][-1]["loss"] < report["history"][0]["loss"]
         assert pretrain(method, *flags, "--lr", 1e-6, 0.01, "--out", "two.npz") == 0
         two = data.load_embeddings("two.npz")
@@ -591,6 +788,22 @@ def test_baseline_at_rates_that_diverge(shop_folder, capsys):
     assert "not finite" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("spread, is_alike", [(0.05, True), (0.3, False)])
+def test_rows_that_are_nearly_alike_are_warned_of(shop_folder, capsys, monkeypatch, spread,
+                                                  is_alike):
+    torch.manual_seed(0)
+    item = 1 + spread * torch.randn(30, 8)
+    monkeypatch.setattr(baselines, "embed", lambda model: (None, item))
+    assert pretrain("pmgt", "--epochs", 1, "--lr", 0.01) == 0
+    report, out = report_of("b.npz"), capsys.readouterr().out
+    assert (report["mean_cosine"] > 0.99) == is_alike
+    assert ("item rows are nearly alike" in out) == is_alike
+    assert ("(mean cosine 0.99" in out) == is_alike
+    # Who learns nothing has not learned little.
+    assert pretrain("constant") == 0 and report_of("b.npz")["mean_cosine"] == pytest.approx(1)
+    assert "nearly alike" not in capsys.readouterr().out
+
+
 def test_baseline_without_validation(shop_folder, capsys):
     """One rate, no recall, the last epoch."""
     flags = ("--epochs", 2, "--eval-every", 1, "--valid", 0)
@@ -629,8 +842,81 @@ def test_baselines_on_interactions_alone(tmp_path, capsys, monkeypatch, method):
     pairs = shop(np.random.default_rng(0))[0]
     run.write_csv(tmp_path / "bare/interactions.csv", ("user", "item"), pairs)
     code = pretrain(method, "--data", "bare", "--epochs", 2, "--lr", 0.01)
-    assert code == (0 if method in ("random", "constant", "gcnp") else 2)
+    assert code == (0 if method in ("random", "popular", "constant", "gcnp") else 2)
     assert code == 0 or f"nothing for --method {method}" in capsys.readouterr().err
+
+
+def test_popular_ranks_by_training_interactions(shop_folder):
+    """finetune.py --layers 0 --epochs 0 tests that ranking itself."""
+    assert pretrain("popular") == 0
+    assert call(finetune.main, "--init", "b.npz", "--layers", 0, "--epochs", 0,
+                "--metrics", "m.json") == 0
+    parts = data.split_dataset(data.load("shop", contents=False))
+    count = np.asarray(parts.train.sum(0)).ravel()
+    want = metrics.evaluate(torch.ones(40, 1), torch.from_numpy(count)[:, None],
+                            (parts.train + parts.valid).tocsr(), parts.test)
+    assert json.loads(Path("m.json").read_text())["test"] == pytest.approx(want)
+
+
+# --- compare.py ---------------------------------------------------------------------------
+
+def test_user_table_puts_every_user_into_its_column():
+    runs = [{"user_ids": np.array(["b", "d"]), "recall@20": np.array([0.5, 1])},
+            {"user_ids": np.array(["a", "b"]), "recall@20": np.array([0.25, 0])}]
+    got = compare.user_table(runs, np.array(["a", "b", "c", "d"]), "recall@20")
+    want = [[np.nan, 0.5, np.nan, 1], [0.25, 0, np.nan, np.nan]]
+    np.testing.assert_array_equal(got, want)
+
+
+def test_bootstrap_of_a_known_difference():
+    """One run: the mean difference, and the standard error of a mean. No difference is no news,
+    and a large one is sure."""
+    rng = np.random.default_rng(0)
+    other = rng.normal(size=(1, 900))
+    gap = 0.1 + rng.normal(size=(1, 900))
+    found = compare.paired_bootstrap(other + gap, other)
+    assert found.mean == pytest.approx(gap.mean())
+    assert found.error == pytest.approx(gap.std() / 30, rel=0.06)
+    z = gap.mean() / (gap.std() / 30)
+    assert found.p == pytest.approx(2 * stats.norm.sf(abs(z)), rel=0.5, abs=0.005)
+    assert compare.paired_bootstrap(other, other).p == 1
+    assert compare.paired_bootstrap(other + 1 + gap, other).p < 0.001
+
+
+@pytest.mark.parametrize("of_user, of_run, noise",
+                         [(1, 0, 0), (1, 0, 1), (0.3, 0, 1), (0.5, 0.2, 1)])
+def test_error_of_the_bootstrap_is_the_spread_of_the_mean(of_user, of_run, noise):
+    """Over many made-up experiments of three runs: what users, runs and their noise add."""
+    rng = np.random.default_rng(2)
+    means, errors = [], []
+    for _ in range(150):
+        gap = noise * rng.normal(size=(3, 200)) + of_user * rng.normal(size=200)
+        gap += of_run * rng.normal(size=(3, 1))
+        found = compare.paired_bootstrap(gap, np.zeros((3, 200)), n_draws=200)
+        means.append(found.mean)
+        errors.append(found.error)
+    assert np.sqrt(np.mean(np.square(errors))) == pytest.approx(np.std(means), rel=0.25)
+
+
+def test_bootstrap_leaves_out_who_is_not_tested():
+    rng = np.random.default_rng(1)
+    ours, other = rng.normal(size=(2, 2, 50))
+    ours[0, :20] = other[0, :20] = np.nan
+    ours[1, 40:] = other[1, 40:] = np.nan
+    found = compare.paired_bootstrap(ours, other)
+    want = np.mean([(ours[0, 20:] - other[0, 20:]).mean(), (ours[1, :40] - other[1, :40]).mean()])
+    assert found.mean == pytest.approx(want)
+
+
+def test_bins_hold_the_means_of_who_is_in_them():
+    assert compare.bin_names((0, 1, 5, np.inf)) == ["0", "1-4", "5+"]
+    run = {"train": np.array([1, 4, 7]), "recall@20": np.array([0.5, 0, 1]),
+           "item_train": np.array([0, 0, 3, 200]), "rank": np.array([20, 21, 0, 1])}
+    means, counts = compare.by_user([run, run], edges=(0, 1, 5, np.inf))
+    np.testing.assert_array_equal(means, [np.nan, 0.25, 1])
+    assert counts.tolist() == [0, 4, 2]
+    means, counts = compare.by_item([run], edges=(0, 1, 5, np.inf))
+    assert means.tolist() == [0.5, 0, 1] and counts.tolist() == [2, 1, 1]
 
 
 # --- reproduce.py: sweeps on the shop, in this process ------------------------------------
@@ -654,7 +940,7 @@ def run_script(script, flags):
 
     From the same flags, data and tables as before it writes what it wrote then.
     """
-    digest, output = hashlib.sha256(script.encode()), None
+    digest, outputs = hashlib.sha256(script.encode()), []
     for flag, value in zip(flags, [*flags[1:], ""]):
         if flag.startswith("--data="):
             folder = Path(flag.split("=")[1])
@@ -662,20 +948,21 @@ def run_script(script, flags):
                 digest.update(path.name.encode() + path.read_bytes())
         elif flag.startswith("--data-dir="):
             pass
-        elif flag in ("--out", "--metrics"):
-            output = Path(value)
+        elif flag in ("--out", "--metrics", "--per-user"):
+            outputs.append(Path(value))
         elif flag == "--init" and value != "random":
             digest.update(Path(value).read_bytes())
-        elif str(output) != flag and not flag.endswith(".npz"):
+        elif not flag.endswith((".npz", ".metrics")):
             digest.update(flag.encode() + b"\0")
     key = digest.hexdigest()
     if key not in WRITTEN:
         with contextlib.redirect_stderr(io.StringIO()) as err:
             code = call(MAINS[script], *flags, "--epochs", 2, "--eval-every", 1)
-        WRITTEN[key] = (err.getvalue(), None) if code else (None, output.read_bytes())
-    error, content = WRITTEN[key]
-    if content is not None:
-        output.write_bytes(content)
+        contents = [] if code else [path.read_bytes() for path in outputs]
+        WRITTEN[key] = (err.getvalue() if code else None, contents)
+    error, contents = WRITTEN[key]
+    for path, content in zip(outputs, contents):
+        path.write_bytes(content)
     return error
 
 
@@ -690,7 +977,7 @@ class Sweeps:
         self.ran, self.fails = [], lambda command: None
 
     def side_by_side(self, commands, jobs, keep, title, folder):
-        """Stands in for reproduce.run_side_by_side: in this process, one by one."""
+        """Stands in for paper.cells.run_side_by_side: in this process, one by one."""
         for key, command in commands.items():
             script, flags = split_command(command)
             self.ran.append((script, *flags))
@@ -708,7 +995,7 @@ class Sweeps:
 @pytest.fixture
 def sweep(shop_folder, monkeypatch):
     sweeps = Sweeps()
-    monkeypatch.setattr(reproduce, "run_side_by_side", sweeps.side_by_side)
+    monkeypatch.setattr("paper.cells.run_side_by_side", sweeps.side_by_side)
     return sweeps
 
 
@@ -719,8 +1006,8 @@ def all_made(tmp_path_factory):
     write_shop(folder / "shop")
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
         patch.chdir(folder)
-        patch.setattr(reproduce, "run_side_by_side", sweeps.side_by_side)
-        assert sweeps.target("all", "--seeds", 0, 1) == 0
+        patch.setattr("paper.cells.run_side_by_side", sweeps.side_by_side)
+        assert sweeps.target("all", *ALL) == 0
     return sweeps, folder, out.getvalue()
 
 
@@ -729,12 +1016,13 @@ def all_targets(all_made, monkeypatch):
     """The same in the working directory: (sweeps, what was printed)."""
     sweeps, folder, out = all_made
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(reproduce, "run_side_by_side", sweeps.side_by_side)
+    monkeypatch.setattr("paper.cells.run_side_by_side", sweeps.side_by_side)
     return sweeps, out
 
 
 FOLDER = Path("paper/results/shop")
 SHORT = ("--seeds", 0, "--rates", "1e-2")
+ALL = ("--seeds", 0, 1, "--shares", "0.4", "1")
 
 
 def cell_files():
@@ -765,21 +1053,50 @@ def files_made():
 def test_all_tables_and_figures_are_made(all_targets):
     """They stand in files and on the screen; a second call runs nothing and makes the same."""
     sweep, out = all_targets
-    for name in ("table1", "table2", "table3", "fig3", "fig4", "scale"):
+    for name in ("table1", "table2", "table3", "fig3", "fig4", "scale", "regimes", "new-items"):
         assert (FOLDER / f"{name}.md").read_text().strip() in out
-    for name in ("fig3", "fig4", "training", "attention", "scale"):
+    for name in ("fig3", "fig4", "training", "attention", "scale", "regimes"):
         assert Image.open(FOLDER / f"{name}.png").size[0] > 300
-    for name in ("Random", "Random at the RMS of MMCPR as is", "text+image", "MMGCN", "GPT-GNN",
+    for name in ("Random", "Constant", "Eq. 15 alone", "Random at the RMS of MMCPR as is",
+                 "MMCPR, the paper's recipe", "text+image", "MMGCN", "GPT-GNN",
                  "Graph-BERT", "PMGT", "GCN-P", "MMCPR without reviews", "MMCPR"):
         assert table_row("table2", name)
     before, n_ran = files_made(), len(sweep.ran)
-    assert sweep.target("all", "--seeds", 0, 1) == 0
+    assert sweep.target("all", *ALL) == 0
     assert len(sweep.ran) == n_ran and before == files_made()
     assert not (FOLDER / "table1.csv").exists()
 
 
+def usual_cells():
+    """The cells of the whole split: not those of regimes and new-items."""
+    return [cell for cell in read_cells() if len(cell["data"]) == 2]
+
+
+def test_map_reads_what_regimes_wrote(all_targets, capsys):
+    """Every curve's values are those of the table's rows, at the scale that was chosen."""
+    curves = map.read_curves(FOLDER / "regimes.csv")
+    assert set(curves) == set(map.STYLES)
+    table = (FOLDER / "regimes.md").read_text()
+    for name, start in (("Random", "random"), ("Constant", "baselines.py --method constant"),
+                        ("Contents alone (RTV)", "contents"), ("MMCPR", "mmcpr.py")):
+        shares, values = curves[start]
+        assert shares == [0.4, 1]
+        rows = [line for line in table.splitlines() if line.startswith(f"| {name} | ")]
+        # The metrics at both shares; below them are the tables of who gains.
+        assert [row.split(" | ")[1] for row in rows[:2]] == [mean_text(of) for of in values]
+    assert call(map.main, "shop") == 0
+    assert Image.open("paper/results/map.png").size[0] > 300
+    assert call(map.main, "nowhere") == 2
+    assert "regimes.csv: not there" in capsys.readouterr().err
+    (Path("paper/results") / "empty").mkdir()
+    Path("paper/results/empty/regimes.csv").write_text("a,b\n1,2\n")
+    assert call(map.main, "empty") == 2
+    assert "not written by python -m paper.reproduce regimes" in capsys.readouterr().err
+
+
 def test_rows_are_the_means_of_the_cells_run_with_their_flags(all_targets):
-    cells = read_cells()
+    cells = usual_cells()
+    assert all(cell["data"] == ["--split-seed", str(cell["seed"])] for cell in cells)
     random = []
     for cell in cells:
         if cell["pretraining"] is None and not cell["finetuning"]:
@@ -805,20 +1122,22 @@ def test_every_run_stands_in_the_csv_once(all_targets):
     with open(FOLDER / "table2.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     by_command = {(row["pretraining"], row["finetuning"], row["seed"]): row for row in rows}
-    # The choice: six systems at three rates and two scales, text+image at two scales, Random.
-    # The other seed of eight systems. Two more rows of MMCPR's, two seeds each.
-    assert len(by_command) == len(rows) == (6 * 3 * 2 + 2 + 1) + 8 + 2 * 2
-    for cell in read_cells():
+    # The choice: seven systems at three rates and two scales, text+image and constant at two
+    # scales, Random and popularity. The other seed of eleven systems. Two more rows of two seeds
+    # each; the paper's recipe at two scales, and the other seed.
+    assert len(by_command) == len(rows) == (7 * 3 * 2 + 2 * 2 + 2) + 11 + 2 * 2 + 3
+    for cell in usual_cells():
         pretraining = cell["pretraining"] or ["random"]
         finetuning = ["finetune.py", *cell["finetuning"]]
         row = by_command.get((" ".join(pretraining), " ".join(finetuning), str(cell["seed"])))
         is_variant = {"--lam", "--cima", "--modalities"} & set(pretraining)
-        if is_variant and "TVG" not in pretraining:
+        if is_variant and not {"TVG", "none"} & set(pretraining):
             assert row is None  # of other tables
         elif row:
             found = cell["finetune"]
             assert float(row["recall@60"]) == pytest.approx(found["test"]["recall@60"], abs=1e-6)
             assert int(row["epoch"]) == found["epoch"]
+            assert row["data"] == " ".join(cell["data"])
     assert ("random", "finetune.py", "0") in by_command
     assert ("random", "finetune.py", "1") in by_command
 
@@ -827,6 +1146,9 @@ def test_learning_rate_and_scale_are_the_validations_choice(sweep):
     assert sweep.target("table3", "--seeds", 3, "--rates", "1e-3", "1e-1") == 0
     trials, chosen = {}, set()
     for cell in read_cells():
+        # The controls are rows too.
+        if cell["pretraining"] is None or cell["pretraining"][1] != "--lr":
+            continue
         choice = (cell["pretraining"][2], *cell["finetuning"])
         if "--lam" in cell["pretraining"]:
             chosen.add(choice)
@@ -836,7 +1158,8 @@ def test_learning_rate_and_scale_are_the_validations_choice(sweep):
     assert set(trials) == {("1e-3",), ("1e-1",), ("1e-3", *xavier), ("1e-1", *xavier)}
     assert len(chosen) == 1 and trials[chosen.pop()] == max(trials.values())
     # Both scales start from the same tables.
-    assert len([c for c in sweep.ran_script("mmcpr.py") if "--lam" not in c]) == 2
+    trained = [c for c in sweep.ran_script("mmcpr.py") if not {"--lam", "none"} & set(c)]
+    assert len(trained) == 2
 
 
 def test_not_trained_is_what_it_says():
@@ -844,22 +1167,24 @@ def test_not_trained_is_what_it_says():
     rng = np.random.default_rng(0)
     train, text = binary(rng, 40, 30, 0.2), rng.normal(size=(30, 8)).astype(np.float32)
     args = mmcpr.arguments().parse_args([*reproduce.UNTRAINED, "--seed", "3"])
-    parts = Namespace(train=train, valid=sp.csr_matrix((40, 30)))
+    parts = data.Parts(train, sp.csr_matrix((40, 30)), None, None, "")
     user, item, _ = mmcpr.pretrain(parts, {"T": text}, args)
     torch.manual_seed(3)
     model = mmcpr.MMCPR(train, {"T": text}, args.modalities, args.dim, args.layers, args.bias)
-    drawn_user, drawn_item, _ = model.embed()
+    drawn_user, drawn_item = model.embed()
     np.testing.assert_allclose(user, drawn_user, atol=1e-7)
     np.testing.assert_allclose(item, drawn_item, atol=1e-7)
 
 
-def test_patience_of_a_sweep_is_that_of_every_pretraining(sweep):
+def test_patience_of_a_sweep_is_that_of_mmcpr(sweep):
+    """It counts epochs; that of the other systems counts steps, and stays theirs."""
     assert sweep.target("table2", *SHORT, "--patience", 7) == 0
     trained = sweep.ran_script("mmcpr.py")
-    trained += [c for c in sweep.ran_script("baselines.py") if "clip" not in c]
-    assert len(trained) == 7
     for command in trained:
         assert command[command.index("--patience") + 1] == "7"
+    assert len(trained) == 4  # MMCPR, without reviews, by the paper's recipe, Eq. 15 alone
+    for command in sweep.ran_script("baselines.py"):
+        assert "--patience" not in command
     assert "1e-2" in table_row("table2", "MMCPR")
 
 
@@ -907,7 +1232,7 @@ def test_rate_at_which_training_diverges_is_not_chosen(sweep, capsys):
     sweep.fails = diverging_at("1e-2")
     assert sweep.target("table3", "--seeds", 0, *rates) == 0
     for cell in read_cells():
-        assert "diverged" in cell or "1e-3" in cell["pretraining"]
+        assert "diverged" in cell or "1e-2" not in (cell["pretraining"] or ())
     # And it is not tried a second time.
     sweep.ran = []
     assert sweep.target("table3", "--seeds", 0, *rates) == 0 and not sweep.ran
@@ -946,7 +1271,9 @@ def test_damaged_tables_are_named(sweep, capsys):
 @pytest.mark.parametrize("flags, words", [
     (("--seeds", 0, 0), "--seeds names one twice"),
     (("--rates", "1e-2", "0.01"), "--rates names one twice"),
-    (("--valid", 0), "--valid 0 leaves nothing to choose")])
+    (("--valid", 0), "--valid 0 leaves nothing to choose"),
+    (("--keep", 0.5), "leave them out"), (("--new-items", 0.1), "leave them out"),
+    (("--shares", "0.2", ".2"), "--shares names one twice")])
 def test_flags_of_a_sweep(sweep, capsys, flags, words):
     assert sweep.target("table3", *flags) == 2 and words in capsys.readouterr().err
     assert not sweep.ran
@@ -959,11 +1286,14 @@ def test_rates_that_are_none(sweep, rate):
     assert not sweep.ran
 
 
-def test_gain_is_relative_and_paired():
-    ours, other = np.array([0.12, 0.22, 0.33]), np.array([0.1, 0.2, 0.3])
-    # t = (.07 / 3) / (.00577 / sqrt 3) = 7, two degrees of freedom
-    assert reproduce.gain(ours, other) == "+11.7% (p = 0.020)"
-    assert reproduce.gain(other, ours).startswith("-10.4%")
+def test_gain_is_relative_and_paired(all_targets):
+    """Of two rows of a table: the difference of their means, over the other's mean."""
+    lines = (FOLDER / "table2.md").read_text().splitlines()
+    line = next(line for line in lines if line.startswith("- MMCPR, recall@20: "))
+    ours = float(table_row("table2", "MMCPR")[1].split()[0])
+    random = float(table_row("table2", "Random")[1].split()[0])
+    said = re.search(r"(?:over Random|best control, Random,) ([+-][\d.]+) % ± [\d.]+ \(p", line)
+    assert float(said[1]) == pytest.approx(100 * (ours / random - 1), abs=0.1)
 
 
 def test_tables_of_interactions_alone(sweep, shop_folder):
@@ -1013,12 +1343,12 @@ def test_the_papers_figure_stands_in_its_own_row(sweep, tmp_path):
 # --- reproduce.py: which cells are the same -----------------------------------------------
 
 def test_changed_defaults_and_data_are_other_cells(tmp_path, monkeypatch):
-    cells = reproduce.Cells((), (), "abc", tmp_path, 1)
-    cell = reproduce.Cell(("mmcpr.py", "--lam", "0"), (), 0)
+    cells = Cells((), (), "abc", tmp_path, 1)
+    cell = Cell(("mmcpr.py", "--lam", "0"), (), 0)
     name = cells.cell_path(cell)
-    same = reproduce.Cell(("mmcpr.py", "--lam", "0.0"), ("--scale", "asis"), 0)
+    same = Cell(("mmcpr.py", "--lam", "0.0"), ("--scale", "asis"), 0)
     assert name == cells.cell_path(same)
-    other_data = reproduce.Cells((), (), "abd", tmp_path, 1)
+    other_data = Cells((), (), "abd", tmp_path, 1)
     others = {cells.cell_path(cell._replace(seed=1)),
               cells.cell_path(cell._replace(pretraining=None)), other_data.cell_path(cell)}
     assert name not in others and len(others) == 3
@@ -1030,7 +1360,7 @@ def test_changed_defaults_and_data_are_other_cells(tmp_path, monkeypatch):
         return parser
 
     monkeypatch.setattr(mmcpr, "arguments", with_another_tau)
-    assert name != reproduce.Cells((), (), "abc", tmp_path, 1).cell_path(cell)
+    assert name != Cells((), (), "abc", tmp_path, 1).cell_path(cell)
 
 
 def test_changed_features_and_held_out_parts_are_other_cells(sweep, shop_folder):
@@ -1060,7 +1390,7 @@ def test_sweep_goes_on_where_the_data_has_moved(sweep, shop_folder, tmp_path):
 @pytest.fixture
 def root(tmp_path, monkeypatch):
     """A folder that reproduce.py takes for the project's: the test's own scripts are in it."""
-    monkeypatch.setattr(reproduce, "ROOT", tmp_path)
+    monkeypatch.setattr("paper.cells.ROOT", tmp_path)
     (tmp_path / "paper").mkdir()
     return tmp_path
 
@@ -1095,12 +1425,12 @@ def test_sweep_that_is_stopped_takes_its_runs_along_and_starts_no_more(root, num
         wait_for(lambda: len(list(folder.glob("started*"))) == 2)
         os.kill(os.getpid(), number)
 
-    cells = [reproduce.Cell(("mmcpr.py", "--lam", lam), (), 0) for lam in ("0", "0.5", "1")]
+    cells = [Cell(("mmcpr.py", "--lam", lam), (), 0) for lam in ("0", "0.5", "1")]
     handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     thread = threading.Thread(target=kill)
     thread.start()
     with pytest.raises(KeyboardInterrupt):
-        reproduce.Cells((), (), "abc", root, 2).run(cells, "cells")
+        Cells((), (), "abc", root, 2).run(cells, "cells")
     thread.join()
     assert len(list(folder.glob("started*"))) == len(list(folder.glob("saved*"))) == 2
     assert handlers == (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT))
@@ -1115,8 +1445,8 @@ def test_cell_that_is_finished_while_the_sweep_is_stopped_is_kept(root, monkeypa
         "while not pathlib.Path('killed').exists(): time.sleep(0.01)\n"
         "path = sys.argv[sys.argv.index('--metrics') + 1]\n"
         "pathlib.Path(path).write_text(json.dumps({'test': {'recall@20': 0.5}}))\n")
-    cells = reproduce.Cells((), (), "abc", root, 1)
-    cell = reproduce.Cell(None, (), 0)
+    cells = Cells((), (), "abc", root, 1)
+    cell = Cell(None, (), 0)
 
     def kill():
         wait_for((root / "cells/started").exists)
@@ -1135,11 +1465,11 @@ def test_cell_that_is_finished_while_the_sweep_is_stopped_is_kept(root, monkeypa
 def test_sweep_that_is_killed_at_once_leaves_no_script_behind(tmp_path):
     """kill -9 of a sweep: its scripts get SIGTERM."""
     (tmp_path / "script.py").write_text(WAITING)
-    sweep = ("import sys\nfrom pathlib import Path\nfrom paper import reproduce\n"
+    sweep = ("import sys\nfrom pathlib import Path\nfrom paper import cells\n"
              "commands = {n: [sys.executable, '../script.py'] for n in range(2)}\n"
-             "reproduce.run_side_by_side(commands, 2, print, 'scripts', Path('cells'))\n")
+             "cells.run_side_by_side(commands, 2, print, 'scripts', Path('cells'))\n")
     (tmp_path / "cells").mkdir()
-    environment = os.environ | {"PYTHONPATH": str(reproduce.ROOT)}
+    environment = os.environ | {"PYTHONPATH": str(HERE)}
     process = subprocess.Popen([sys.executable, "-c", sweep], cwd=tmp_path, env=environment,
                                stderr=subprocess.DEVNULL)
     started = tmp_path / "cells"
@@ -1159,10 +1489,10 @@ def test_cells_that_run_beside_a_failing_one_finish(root):
         "import pathlib, sys, time\npathlib.Path('started').touch()\ntime.sleep(0.5)\n"
         "pathlib.Path('finished').touch()\n"
         "pathlib.Path(sys.argv[sys.argv.index('--out') + 1]).touch()\n")
-    wanted = [reproduce.Cell(("mmcpr.py",), (), 0),
-              reproduce.Cell(("baselines.py", "--method", "pmgt"), (), 0),
-              reproduce.Cell(("baselines.py", "--method", "mmgcn"), (), 0)]
-    cells = reproduce.Cells((), (), "abc", root, 2)
+    wanted = [Cell(("mmcpr.py",), (), 0),
+              Cell(("baselines.py", "--method", "pmgt"), (), 0),
+              Cell(("baselines.py", "--method", "mmgcn"), (), 0)]
+    cells = Cells((), (), "abc", root, 2)
     with pytest.raises(run.InputError, match="mmcpr.py, seed 0: the cell that fails"):
         cells.run(wanted, "cells")
     assert (root / "cells/finished").exists() and cells.table_path(wanted[1]).exists()
@@ -1176,9 +1506,9 @@ def test_cells_that_run_beside_a_failing_one_finish(root):
     ("raise RuntimeError('two\\nlines')", "RuntimeError: two")])
 def test_what_a_failing_script_said_is_told(root, script, words):
     (root / "mmcpr.py").write_text(f"import os, sys\n{script}\n")
-    cells = reproduce.Cells((), (), "abc", root, 1)
+    cells = Cells((), (), "abc", root, 1)
     with pytest.raises(run.InputError, match=f"mmcpr.py, seed 0: {words}"):
-        cells.run([reproduce.Cell(("mmcpr.py",), (), 0)], "cells")
+        cells.run([Cell(("mmcpr.py",), (), 0)], "cells")
 
 
 def test_cells_side_by_side_through_the_command_line(tmp_path):
@@ -1187,7 +1517,7 @@ def test_cells_side_by_side_through_the_command_line(tmp_path):
     remove_contents(tmp_path / "shop")
     command = [sys.executable, "-m", "paper.reproduce", "table3", "--data", "shop", "--seeds", "0",
                "--rates", "1e-2", "--patience", "1", "--jobs", "2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(reproduce.ROOT)}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     folder = tmp_path / FOLDER
@@ -1195,6 +1525,7 @@ def test_cells_side_by_side_through_the_command_line(tmp_path):
     assert table3.strip() in done.stdout and "| MMCPR |" in table3
     assert "seeds 0, rates 1e-2, patience 1\n" in table3
     # Both scales start from the same tables; no checkpoint, no part, no metrics are left.
-    assert len(list(folder.glob("tables/*"))) == 1
-    assert all(path.suffix == ".json" for path in folder.glob("cells/*"))
+    # A table of MMCPR's, one of each control but Random.
+    assert len(list(folder.glob("tables/*"))) == 4
+    assert {path.suffix for path in folder.glob("cells/*")} == {".json", ".npz"}
     assert not list(tmp_path.glob("*.ckpt"))

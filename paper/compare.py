@@ -1,0 +1,113 @@
+"""How sure a difference between two systems is, and which users and items make it.
+
+Everything here works on what finetune.py --per-user writes: each user's test metrics, and where
+each test interaction is ranked. A system's runs differ in the seed, and where the split is ours in
+the split too, so a user may be tested in one run and not in another.
+"""
+from typing import NamedTuple
+
+import numpy as np
+
+
+def user_table(runs, user_ids, metric):
+    """float64 [n_runs, n_users]: the metric of every user; NaN where a run does not test one.
+
+    runs: what write_per_user has written, a dict for each run; user_ids: of all users.
+    """
+    row_of = {name: row for row, name in enumerate(user_ids.tolist())}
+    table = np.full((len(runs), len(user_ids)), np.nan)
+    for values, of_run in zip(table, runs):
+        rows = [row_of[name] for name in of_run["user_ids"].tolist()]
+        values[rows] = of_run[metric]
+    return table
+
+
+class Difference(NamedTuple):
+    """Of two means of a metric."""
+    mean: float
+    error: float  # its standard error
+    p: float      # two-sided
+
+
+def paired_bootstrap(ours, other, n_draws=4000, seed=0):
+    """Difference of two user_tables of the same runs: mean over users, then over runs.
+
+    Users are drawn with replacement, a drawn one with all of its runs, and the same for both
+    systems. To the draws comes what the runs' means differ by beyond what their users explain, as
+    a normal number: three runs are too few to be drawn from. With one run that part is not known,
+    and left out. p: twice the share of draws of the other sign.
+    """
+    gap = ours - other                                                       # [n_runs, n_users]
+    gap = gap[:, ~np.isnan(gap).all(0)]
+    is_tested = ~np.isnan(gap)
+    gap = np.where(is_tested, gap, 0)
+    n_runs, n_users = gap.shape
+    rng = np.random.default_rng(seed)
+    draws = np.empty(n_draws)
+    for n in range(n_draws):
+        # How often each user is drawn.
+        weight = np.bincount(rng.integers(n_users, size=n_users), minlength=n_users)
+        draws[n] = (gap @ weight / np.maximum(is_tested @ weight, 1)).mean()
+    draws += rng.normal(size=n_draws) * np.sqrt(run_variance(gap, is_tested) / n_runs)
+    mean = (gap.sum(1) / is_tested.sum(1)).mean()
+    n_other_sign = min(np.sum(draws <= 0), np.sum(draws >= 0))
+    p = min(1, 2 * (1 + n_other_sign) / (1 + n_draws))
+    return Difference(float(mean), float(draws.std()), float(p))
+
+
+def run_variance(gap, is_tested):
+    """The variance of runs' means beyond that of their users (one-way analysis of variance).
+
+    gap [n_runs, n_users], 0 where not tested. A user's gaps differ from run to run, which makes
+    the runs' means differ even if no run is better than another: that much is taken off.
+    """
+    if len(gap) < 2:
+        return 0.0
+    n_tested = is_tested.sum(1)
+    of_run = gap.sum(1) / n_tested                                                  # [n_runs]
+    of_user = gap.sum(0) / is_tested.sum(0)                                        # [n_users]
+    residual = np.where(is_tested, gap - of_user - (of_run - of_run.mean())[:, None], 0)
+    freedom = max(1, n_tested.sum() - gap.shape[1] - len(gap) + 1)
+    noise = (residual ** 2).sum() / freedom * (1 / n_tested).mean()
+    return max(0.0, of_run.var(ddof=1) - noise)
+
+
+# --- Who gains ----------------------------------------------------------------------------
+
+USER_BINS = (0, 3, 6, 11, 21, np.inf)     # by a user's training interactions
+ITEM_BINS = (0, 1, 5, 20, 100, np.inf)    # by an item's
+
+
+def bin_names(edges):
+    """As ("0-2", ..., "21+")."""
+    names = []
+    for low, high in zip(edges, edges[1:]):
+        if high == np.inf:
+            names.append(f"{low}+")
+        else:
+            names.append(str(low) if high == low + 1 else f"{low}-{high - 1}")
+    return names
+
+
+def by_user(runs, metric="recall@20", edges=USER_BINS):
+    """(means, counts), float [n_bins] each: the metric by a user's training interactions.
+
+    The users of all runs are counted together; a mean is NaN where the bin is empty.
+    """
+    degree = np.concatenate([of_run["train"] for of_run in runs])
+    value = np.concatenate([of_run[metric] for of_run in runs])
+    return means_in_bins(degree, value, edges)
+
+
+def by_item(runs, k=20, edges=ITEM_BINS):
+    """The same of the share of test interactions ranked among the first k, by the item's."""
+    degree = np.concatenate([of_run["item_train"] for of_run in runs])
+    place = np.concatenate([of_run["rank"] for of_run in runs])
+    return means_in_bins(degree, (place > 0) & (place <= k), edges)
+
+
+def means_in_bins(degree, value, edges):
+    which = np.digitize(degree, edges) - 1
+    counts = np.bincount(which, minlength=len(edges) - 1)
+    sums = np.bincount(which, weights=value, minlength=len(edges) - 1)
+    return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan), counts

@@ -1,0 +1,112 @@
+"""The map in one figure: where pre-training pays, of several data sets side by side.
+
+    python -m paper.map demo reviews tiktok ml-100k
+
+Reads paper/results/<data>/regimes.csv, which `paper.reproduce regimes` writes, and makes
+paper/results/map.png: test Recall@20 against the share of the training interactions that is kept.
+"""
+import argparse
+import csv
+import re
+import sys
+from pathlib import Path
+
+import run  # before the libraries: from here on Ctrl-C ends in one line
+
+from paper.reproduce import means_and_bars
+
+COLUMNS = {"pretraining", "finetuning", "data", "seed", "valid recall@20", "recall@20"}
+
+# The starts by their pre-training, and how they are drawn.
+STYLES = {
+    "baselines.py --method popular": ("most popular items", "0.75", "-."),
+    "random": ("Random", "0.6", ":"),
+    "baselines.py --method constant": ("every item the same vector", "0.3", "--"),
+    "mmcpr.py --modalities none": ("Eq. 15 alone", "C1", "--"),
+    "mmcpr.py --modalities G": ("graphs alone", "C0", "-"),
+    "contents": ("contents alone", "C2", "-"),
+    "mmcpr.py": ("MMCPR", "C3", "-"),
+}
+
+
+def read_curves(path):
+    """{start: (shares, values: per share one of each seed)} of a regimes.csv."""
+    rows = []
+    if path.is_file():
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+    if not rows or not COLUMNS <= set(rows[0]):
+        raise run.InputError(f"{path}: not there, or not written by python -m paper.reproduce "
+                             "regimes; run that first")
+    by_start = {}
+    for row in rows:
+        start = re.sub(" --patience \\d+", "", row["pretraining"])
+        letters = start.removeprefix("mmcpr.py --modalities ")
+        if letters != start and letters not in ("none", "G"):
+            start = "contents"
+        point = by_start.setdefault(start, {}).setdefault(share_of(row), {})
+        point.setdefault(row["finetuning"], []).append(row)
+    curves = {}
+    for start, points in by_start.items():
+        shares = sorted(points)
+        curves[start] = (shares, [chosen_values(points[share]) for share in shares])
+    return curves
+
+
+def share_of(row):
+    flags = row["data"].split()
+    return float(flags[flags.index("--keep") + 1]) if "--keep" in flags else 1.0
+
+
+def chosen_values(by_scale):
+    """The seeds' test Recall@20 at the scale that the first seed's validation chose."""
+    # The first seed's trials stand in front; only the chosen scale has the other seeds too.
+    rows = max(by_scale.values(), key=lambda rows: (len(rows), float(rows[0]["valid recall@20"])))
+    return [float(row["recall@20"]) for row in rows]
+
+
+def draw(path, curves_of):
+    """A panel for each of {data: its curves}, into a PNG."""
+    # Imported here: it takes a second, and --help plots nothing.
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    size = (3.6 * len(curves_of), 3.6)
+    figure, axes = pyplot.subplots(1, len(curves_of), figsize=size, squeeze=False)
+    for axis, (name, curves) in zip(axes[0], curves_of.items()):
+        for start, (label, color, line) in STYLES.items():
+            if start in curves:
+                shares, values = curves[start]
+                means, error_bars = means_and_bars(values)
+                axis.errorbar(shares, means, label=label, color=color, ls=line, marker="o", ms=3,
+                              **error_bars)
+        axis.set(title=name, xlabel="share of the training interactions")
+        axis.grid(alpha=0.3)
+    axes[0][0].set_ylabel("test Recall@20 after fine-tuning")
+    # A data set may lack a start.
+    handles = {}
+    for axis in axes[0]:
+        handles |= dict(zip(*reversed(axis.get_legend_handles_labels())))
+    figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=len(handles),
+                  frameon=False)
+    figure.tight_layout(rect=(0, 0.07, 1, 1))
+    run.write_file(path, lambda file: figure.savefig(file, format="png", dpi=120))
+    pyplot.close(figure)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        prog="python -m paper.map", formatter_class=run.Help,
+        description="Draw the maps of several data sets side by side.")
+    parser.add_argument("data", nargs="+", help="names of folders in --results")
+    parser.add_argument("--results", default="paper/results", help="where they are")
+    args = parser.parse_args(argv)
+    results = Path(args.results)
+    path = results / "map.png"
+    run.check_outputs([path])
+    draw(path, {name: read_curves(results / name / "regimes.csv") for name in args.data})
+    print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    sys.exit(run.cli(main))
