@@ -660,7 +660,13 @@ def test_pretrain_then_finetune(trained, capsys):
     n_test = np.diff(parts.test.indptr)
     recall = np.mean(hits[n_test > 0] / n_test[n_test > 0])
     assert recall == pytest.approx(result["test"]["recall@20"])
-    assert "recall@20" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "recall@20" in out
+    # Beside it what popularity alone would rank.
+    count = torch.from_numpy(np.asarray(parts.train.sum(0)).ravel())[:, None]
+    popular = metrics.evaluate(torch.ones(40, 1), count, parts.train + parts.valid, parts.test)
+    line = next(line for line in out.splitlines() if line.startswith("the most popular items"))
+    assert line.split()[4:] == [f"{popular[name]:.4f}" for name in finetune.METRIC_NAMES]
 
 
 def test_per_user_file_is_the_test_user_by_user(trained):
@@ -860,7 +866,8 @@ def test_validation_chooses_the_epoch_and_test_is_ranked_once(trained, monkeypat
     ranked.clear()
     assert call(finetune.main, "--init", "e.npz", "--epochs", 30, "--eval-every", 2,
                 "--lr", 0.1, "--scale", "xavier", "--metrics", "m.json", "--out", "f.npz") == 0
-    assert ranked.count("test") == 1 and ranked[-1] == "test"
+    # By popularity, which nothing is chosen by; and at the very end.
+    assert ranked.count("test") == 2 and ranked[0] == ranked[-1] == "test"
     pretrained, final = data.load_embeddings("e.npz"), data.load_embeddings("f.npz")
     histories = ((pretrained, pretrained["meta"]["report"]["history"]),
                  (final, json.loads(Path("m.json").read_text())["history"]))
