@@ -1044,7 +1044,8 @@ def test_runs_that_went_wrong_say_so(trained, interrupted, capsys):
 # --- Outputs ------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("main, flag", [
-    (mmcpr.main, "--out"), (finetune.main, "--metrics"), (finetune.main, "--recommend")])
+    (mmcpr.main, "--out"), (finetune.main, "--metrics"), (finetune.main, "--recommend"),
+    (finetune.main, "--per-user")])
 @pytest.mark.parametrize("path", ["shop", "shop/items.csv/x", "pipe"])
 def test_outputs_are_checked_before_the_work(tmp_path, capsys, monkeypatch, main, flag, path):
     """A folder, a path below a file, or what renaming would replace, like /dev/null."""
@@ -1241,8 +1242,9 @@ def test_finished_seeds_are_not_lost_nor_claimed(interrupted, capsys):
     interrupted(finetune.main, *flags, after=3)
     runs = json.loads(Path("m.json").read_text())["runs"]
     assert [result["seed"] for result in runs] == [0, 1]
-    assert call(finetune.main, *flags, "--recommend", "recs.csv", "--resume") == 2
-    assert "recs.csv: belongs to seed 0" in capsys.readouterr().err
+    for flag, path in (("--recommend", "recs.csv"), ("--per-user", "users.npz")):
+        assert call(finetune.main, *flags, flag, path, "--resume") == 2
+        assert f"{path}: belongs to seed 0" in capsys.readouterr().err
     assert call(finetune.main, *flags, "--resume") == 0
     runs = json.loads(Path("m.json").read_text())["runs"]
     assert [(result["seed"], result["interrupted"]) for result in runs] == [(0, False), (1, False)]

@@ -650,6 +650,7 @@ def draw_bars(axis, curves):
         axis.bar(names, means, **error_bars)
         # Bars that start at 0 would all look the same.
         axis.set_ylim(0.9 * min(means))  # as the paper cuts its bars
+        axis.tick_params("x", rotation=60)
 
 
 def draw_points(axis, curves):

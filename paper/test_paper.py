@@ -1244,6 +1244,22 @@ def test_rate_at_which_training_diverges_is_not_chosen(sweep, capsys):
     assert "not finite" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("damage", [
+    lambda whole: b"", lambda whole: whole[:200], lambda whole: None,
+    lambda whole: whole[:300] + b"\0\1" * 30 + whole[360:]])
+def test_damaged_per_user_file_is_named(sweep, capsys, damage):
+    """With its cell, which is to be run again too."""
+    assert sweep.target("table3", *SHORT) == 0
+    for path in FOLDER.glob("cells/*.npz"):
+        content = damage(path.read_bytes())
+        path.unlink()
+        if content is not None:
+            path.write_bytes(content)
+    assert sweep.target("table3", *SHORT) == 2
+    message = "json: damaged; delete it and run the same command again"
+    assert message in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"seed": 0}'])
 def test_damaged_cell_is_named(sweep, capsys, content):
     assert sweep.target("table3", *SHORT) == 0
