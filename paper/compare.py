@@ -43,11 +43,17 @@ def paired_bootstrap(ours, other, n_draws=4000, seed=0):
     gap = np.where(is_tested, gap, 0)
     n_runs, n_users = gap.shape
     rng = np.random.default_rng(seed)
-    draws = np.empty(n_draws)
-    for n in range(n_draws):
-        # How often each user is drawn.
-        weight = np.bincount(rng.integers(n_users, size=n_users), minlength=n_users)
-        draws[n] = (gap @ weight / np.maximum(is_tested @ weight, 1)).mean()
+    draws = []
+    chunk = max(1, 1_000_000 // n_users)
+    for start in range(0, n_draws, chunk):
+        n = min(chunk, n_draws - start)
+        # How often each user is drawn: the draws are counted side by side.
+        drawn = rng.integers(n_users, size=(n, n_users))
+        drawn += n_users * np.arange(n, dtype=np.int64)[:, None]
+        weight = np.bincount(drawn.ravel(), minlength=n * n_users).reshape(n, n_users)
+        means = weight @ gap.T / np.maximum(weight @ is_tested.T, 1)              # [n, n_runs]
+        draws.append(means.mean(1))
+    draws = np.concatenate(draws)
     draws += rng.normal(size=n_draws) * np.sqrt(run_variance(gap, is_tested) / n_runs)
     mean = (gap.sum(1) / is_tested.sum(1)).mean()
     n_other_sign = min(np.sum(draws <= 0), np.sum(draws >= 0))
