@@ -142,7 +142,7 @@ def draw_columns(matrix, rows):
 
 
 def are_neighbours(Rt, a, b):
-    """Which items share a training user: they are joined in G_i, or an item and itself.
+    """Which items share a training user: neighbours in G_i, and an item and itself.
 
     Rt: CSR [n_items, n_users]; a int64 [n_a], b int64 [n_b] -> bool [n_a, n_b].
     """
@@ -1247,7 +1247,7 @@ def arguments():
                         "(default: the paper's grid, 1e-4 1e-3 1e-2)")
     parser.add_argument("--dim", type=run.positive, default=64)
     parser.add_argument("--batch", type=run.positive, default=2048,
-                        help="items, users or interactions in a step")
+                        help="items or interactions in a step")
     parser.add_argument("--epochs", type=run.positive, default=10_000,
                         help="at most; without validation, all of them")
     parser.add_argument("--patience", type=run.positive, default=1000,
