@@ -245,8 +245,7 @@ def rank_test(user, item, parts):
         item = item[torch.from_numpy(parts.new_items).to(item.device)]
         seen, truth = seen[:, parts.new_items], truth[:, parts.new_items]
     place = metrics.find(user, item, seen, truth, max(KS))
-    values = metrics.per_user(place, truth, KS)
-    return {name: float(of_users.mean()) for name, of_users in values.items()}, place
+    return metrics.means(place, truth, KS), place
 
 
 def popularity(train):

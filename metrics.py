@@ -59,9 +59,12 @@ def evaluate(user, item, seen, truth, ks=(20, 40, 60)):
 
     truth: CSR [n_users, n_items] that shares no entry with seen.
     """
-    place = find(user, item, seen, truth, max(ks))
-    values = per_user(place, truth, ks)
-    return {name: float(of_users.mean()) for name, of_users in values.items()}
+    return means(find(user, item, seen, truth, max(ks)), truth, ks)
+
+
+def means(place, truth, ks):
+    """{"recall@20": float, ...}: per_user's means."""
+    return {name: float(of_users.mean()) for name, of_users in per_user(place, truth, ks).items()}
 
 
 def find(user, item, seen, truth, top):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import run  # before the libraries: from here on Ctrl-C ends in one line
 
-from paper.reproduce import means_and_bars
+from paper.reproduce import means_and_bars, open_figure, save_figure
 
 COLUMNS = {"pretraining", "finetuning", "data", "seed", "valid recall@20", "recall@20"}
 
@@ -67,13 +67,8 @@ def chosen_values(by_scale):
 
 def draw(path, curves_of):
     """A panel for each of {data: its curves}, into a PNG."""
-    # Imported here: it takes a second, and --help plots nothing.
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    size = (3.6 * len(curves_of), 3.6)
-    figure, axes = pyplot.subplots(1, len(curves_of), figsize=size, squeeze=False)
-    for axis, (name, curves) in zip(axes[0], curves_of.items()):
+    figure, axes = open_figure(len(curves_of), 3.6)
+    for axis, (name, curves) in zip(axes, curves_of.items()):
         for start, (label, color, line) in STYLES.items():
             if start in curves:
                 shares, values = curves[start]
@@ -82,16 +77,15 @@ def draw(path, curves_of):
                               **error_bars)
         axis.set(title=name, xlabel="share of the training interactions")
         axis.grid(alpha=0.3)
-    axes[0][0].set_ylabel("test Recall@20 after fine-tuning")
+    axes[0].set_ylabel("test Recall@20 after fine-tuning")
     # A data set may lack a start.
     handles = {}
-    for axis in axes[0]:
+    for axis in axes:
         handles |= dict(zip(*reversed(axis.get_legend_handles_labels())))
     figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=len(handles),
                   frameon=False)
     figure.tight_layout(rect=(0, 0.07, 1, 1))
-    run.write_file(path, lambda file: figure.savefig(file, format="png", dpi=120))
-    pyplot.close(figure)
+    save_figure(path, figure)
 
 
 def main(argv=None):

@@ -157,6 +157,11 @@ def scales_of(command):
     return (AS_IS, XAVIER)
 
 
+def validation_recall(found):
+    """What a found cell is chosen by; what diverged, or has nothing to do, loses to anything."""
+    return found["finetune"]["valid"]["recall@20"] if found else -1
+
+
 def choose(sweep, systems):
     """{system: Choice}: the learning rate and the scale of the start, by validation.
 
@@ -178,8 +183,7 @@ def choose(sweep, systems):
     found = sweep.cells.run(cells, "learning rate and scale", may_diverge=True)
     chosen, best = {}, {}
     for (system, choice), cell in zip(grid, found):
-        # What diverged, or has nothing to do, loses to anything.
-        recall = cell["finetune"]["valid"]["recall@20"] if cell else -1
+        recall = validation_recall(cell)
         if system not in best or recall > best[system]:
             chosen[system], best[system] = choice, recall
     return chosen
@@ -375,8 +379,8 @@ def choose_scale(sweep, command, title, data_flags=()):
     """AS_IS or XAVIER, by the first seed's validation Recall@20 after fine-tuning."""
     cells = scale_cells(sweep, command, data_flags)
     found = sweep.cells.run(cells, f"{title}: scale")
-    recalls = [cell["finetune"]["valid"]["recall@20"] if cell else -1 for cell in found]
-    return cells[int(np.argmax(recalls))].finetuning
+    best = int(np.argmax([validation_recall(cell) for cell in found]))
+    return cells[best].finetuning
 
 
 def table2_columns(rows, systems, chosen, label):
@@ -670,19 +674,29 @@ def draw_lines(axis, curves):
 
 def plot(path, panels, draw, xlabel=""):
     """A PNG with one panel per entry of {title: {curve: (x, per x one value of each seed)}}."""
-    # Imported here: it takes a second, and most calls plot nothing.
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    size = (5 * len(panels), 3.6)
-    figure, axes = pyplot.subplots(1, len(panels), figsize=size, squeeze=False)
-    for axis, (title, curves) in zip(axes[0], panels.items()):
+    figure, axes = open_figure(len(panels), 5)
+    for axis, (title, curves) in zip(axes, panels.items()):
         draw(axis, curves)
         axis.set(title=title, xlabel=xlabel)
         axis.grid(alpha=0.3)
         if len(curves) > 1:
             axis.legend()
     figure.tight_layout()
+    save_figure(path, figure)
+
+
+def open_figure(n_panels, width):
+    """(figure, its panels side by side), each `width` inches wide."""
+    # Imported here: it takes a second, and most calls plot nothing.
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    figure, axes = pyplot.subplots(1, n_panels, figsize=(width * n_panels, 3.6), squeeze=False)
+    return figure, axes[0]
+
+
+def save_figure(path, figure):
+    from matplotlib import pyplot
     run.write_file(path, lambda file: figure.savefig(file, format="png", dpi=120))
     pyplot.close(figure)
 
