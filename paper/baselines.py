@@ -588,10 +588,14 @@ class GraphBERT(ItemMethod):
 
     def encode(self, rows):
         """rows int64 [b] -> z [b, dim]."""
-        tokens = self.embed_x(self.x[self.tokens[rows]]) + self.codes[rows]    # [b, k+1, dim]
+        # An item stands in many tokens: it is projected once.
+        items, place = self.tokens[rows].unique(return_inverse=True)           # [u], [b, k+1]
+        tokens = self.embed_x(self.x[items])[place] + self.codes[rows]         # [b, k+1, dim]
+        # The item itself is its first token.
+        residual = self.residual(self.x[items])[place[:, :1]]                  # [b, 1, dim]
         h = self.drop(self.norm(tokens))
         for layer in self.layers:
-            h = layer(h) + self.residual(self.x[rows])[:, None]
+            h = layer(h) + residual
         return h.mean(1)
 
     def loss(self, rows):
@@ -768,18 +772,20 @@ class PMGT(ItemMethod):
         self.feature = nn.Linear(dim, self.x.shape[1])
         self.context = mcn_sampling(self.graph, self.rng, k=k)
 
-    def fuse(self, items):
-        """The gated sum of the modalities, items int64 [...] -> [..., dim]."""
+    def fuse(self, tokens):
+        """The gated sum of the modalities, tokens int64 [...] -> [..., dim]."""
+        # An item stands in many tokens: it is projected once.
+        items, place = tokens.unique(return_inverse=True)                      # [u], [...]
         projected = []
         for W, view in zip(self.project, self.views):
             projected.append(W(view[items]))
-        m = torch.stack(projected, -2)                                         # [..., M, dim]
-        logits = self.gate(torch.tanh(m.flatten(-2)))                          # [..., M]
+        m = torch.stack(projected, 1)                                          # [u, M, dim]
+        logits = self.gate(torch.tanh(m.flatten(1)))                           # [u, M]
         # A missing modality has no gate; an item with none at all has no gate either.
         present = self.present[items]
         hidden = ~present & present.any(-1, keepdim=True)
         g = logits.masked_fill(hidden, -torch.inf).softmax(-1) * present
-        return (g[..., None] * m).sum(-2)
+        return (g[..., None] * m).sum(1)[place]
 
     def transform(self, h):
         """The transformer, fused tokens [b, k+1, dim] -> [b, k+1, dim]."""
