@@ -343,6 +343,19 @@ def features(dataset, modalities, encoder="auto", data_dir=Path("data"), clip=CL
     return made
 
 
+def shuffled(features, seed):
+    """A control: features whose items have each other's contents, interactions other's reviews.
+
+    An item's text and image stay together, so that CIMA still has its pairs.
+    """
+    permuted = {}
+    for modality, table in features.items():
+        # Of one seed for each: tables with a row per item are permuted alike.
+        order = np.random.default_rng(seed).permutation(len(table))
+        permuted[modality] = table[order]
+    return permuted
+
+
 def contents_of(dataset, modality):
     """What an encoder reads: list of str, '' for none; None where there is nothing at all."""
     contents = {"T": dataset.texts, "V": dataset.images, "R": dataset.reviews}[modality]

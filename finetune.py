@@ -20,6 +20,7 @@ import json
 import os
 import sys
 import time
+from typing import NamedTuple
 
 import run  # before the libraries: from here on Ctrl-C ends in one line
 
@@ -134,11 +135,32 @@ def initial_tables(init, train, dim, scale="asis"):
 
 # --- Training -----------------------------------------------------------------------------
 
-def train_epoch(model, optimizer, pair_user, pair_item, sample_negatives, args):
-    """One pass over the training pairs, int64 [nnz] each, in random order: the mean loss.
+class Training(NamedTuple):
+    """What an epoch needs; all of it on the model's device."""
+    model: LightGCN
+    optimizer: torch.optim.Optimizer
+    pair_user: torch.Tensor                 # int64 [nnz]: the training interactions
+    pair_item: torch.Tensor                 # int64 [nnz]
+    sample_negatives: ops.NegativeSampler
 
-    All tensors are on the model's device, where all is drawn too.
-    """
+
+def start_training(parts, init, args, seed, device):
+    """Training from the initial tables (initial_tables)."""
+    torch.manual_seed(seed)
+    user, item = initial_tables(init, parts.train, args.dim, args.scale)
+    model = LightGCN(parts.train, user.to(device), item.to(device), args.layers)
+    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
+    pairs = parts.train.tocoo()
+    pair_user = torch.from_numpy(pairs.row).to(device).long()
+    pair_item = torch.from_numpy(pairs.col).to(device).long()
+    # A new item is not there yet: it is nobody's negative.
+    sample_negatives = ops.NegativeSampler(parts.train, device, parts.known_items())
+    return Training(model, optimizer, pair_user, pair_item, sample_negatives)
+
+
+def train_epoch(training, args):
+    """One pass over the training interactions, in random order: the mean loss."""
+    model, optimizer, pair_user, pair_item, sample_negatives = training
     device, share = model.E0.device, run.my_share()
     loss_sum = torch.zeros((), device=device)
     # The last, smaller batch too.
@@ -167,18 +189,11 @@ def finetune(parts, init, args, seed, device="cpu", checkpoint=None):
     Epoch 0, LightGCN over the tables as given, is evaluated too and can win. Without validation
     the last of args.epochs is taken.
     """
-    torch.manual_seed(seed)
     started = time.time()
     checkpoint = checkpoint or run.Checkpoint()
     train, has_valid = parts.train, parts.valid.nnz > 0
-    user, item = initial_tables(init, train, args.dim, args.scale)
-    model = LightGCN(train, user.to(device), item.to(device), args.layers)
-    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
-    # A new item is not there yet: it is nobody's negative.
-    sample_negatives = ops.NegativeSampler(train, device, parts.known_items())
-    pairs = train.tocoo()
-    pair_user = torch.from_numpy(pairs.row).to(device).long()                            # [nnz]
-    pair_item = torch.from_numpy(pairs.col).to(device).long()
+    training = start_training(parts, init, args, seed, device)
+    model, optimizer = training.model, training.optimizer
 
     progress = checkpoint.restore(model, optimizer) or {
         "epoch": -1, "history": [], "best": None, "seconds": 0.0}
@@ -195,8 +210,7 @@ def finetune(parts, init, args, seed, device="cpu", checkpoint=None):
             # Epoch 0 is the tables as given: it is only evaluated.
             mean_loss = None
             if epoch > 0:
-                mean_loss = train_epoch(model, optimizer, pair_user, pair_item,
-                                        sample_negatives, args)
+                mean_loss = train_epoch(training, args)
                 if not np.isfinite(mean_loss):
                     raise run.InputError(f"the loss is not finite at epoch {epoch}; "
                                          f"lower --lr (now {args.lr}) or --scale")

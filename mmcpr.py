@@ -620,6 +620,8 @@ def arguments():
     add("--out", default="emb.npz", help="where the embeddings go")
     add("--modalities", type=modalities, default="RTVG",
         help="subset of R, T, V, G (Figure 3); none: Eq. 15 alone, on trained tables")
+    add("--shuffle-contents", action="store_true",
+        help="a control: items have each other's texts and images, users each other's reviews")
     add("--lam", type=run.fraction, help="weight of CIMA; 0 drops it, 1 drops BCE (Eq. 16)")
     add("--tau", type=float, help="CIMA's temperature")
     add("--cima", choices=("softmax", "bce"), help="reading of Eq. 11")
@@ -658,6 +660,8 @@ def pretrain_and_save(args):
         features = data.features(dataset, args.modalities, args.encoder,
                                  Path(data_options["data_dir"]),
                                  (args.clip_model, args.clip_weights), args.device)
+    if args.shuffle_contents:
+        features = data.shuffled(features, args.seed)
     if "R" in features:
         features["R"] = pool_reviews(features["R"], dataset.users, dataset.n_users,
                                      parts.in_train)

@@ -785,6 +785,25 @@ def test_any_subset_of_modalities(trained, subset):
     assert np.isfinite(arrays["user"]).all()
 
 
+def test_shuffled_contents_are_the_same_rows_elsewhere(trained):
+    """A control: an item's text and image stay together, and nothing else of a row is kept."""
+    rng = np.random.default_rng(0)
+    features = {"T": rng.normal(size=(50, 3)), "V": np.arange(50.)[:, None],
+                "R": np.arange(80.)[:, None]}
+    features["T"][:, 0] = np.arange(50)
+    permuted = data.shuffled(features, 1)
+    for modality, table in features.items():
+        order = permuted[modality][:, 0].astype(int)
+        assert np.array_equal(permuted[modality], table[order])
+        assert np.array_equal(np.sort(order), np.arange(len(table)))
+        assert np.mean(order == np.arange(len(table))) < 0.2
+    assert np.array_equal(permuted["T"][:, 0], permuted["V"][:, 0])
+    for flags in ((), ("--shuffle-contents",)):
+        assert call(mmcpr.main, "--data", "shop", *QUICK, *flags, "--out", f"{len(flags)}.npz") == 0
+    plain, control = data.load_embeddings("0.npz"), data.load_embeddings("1.npz")
+    assert not np.array_equal(plain["item"], control["item"])
+
+
 def test_lambda_one_trains_the_alignment_alone(trained):
     """Table 3's w/o BCE: users stay as drawn, held-out items' CIMA loss chooses the epoch."""
     for epochs, out in ((6, "e.npz"), (2, "f.npz")):

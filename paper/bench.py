@@ -623,8 +623,9 @@ def bench_finetuning_epoch(name, train, test, device, bandwidth):
     pair_item = torch.from_numpy(pairs.col).to(device).long()
 
     def epoch(n_pairs=train.nnz):
-        finetune.train_epoch(model, optimizer, pair_user[:n_pairs], pair_item[:n_pairs],
-                             steps.sample_negatives, args)
+        training = finetune.Training(model, optimizer, pair_user[:n_pairs], pair_item[:n_pairs],
+                                     steps.sample_negatives)
+        finetune.train_epoch(training, args)
 
     def ten_steps():
         epoch(10 * BATCH)

@@ -3,7 +3,7 @@
     python -m paper.reproduce table2 --data demo --seeds 0 1 2
 
     table1      counts of the data set
-    table2      all systems of baselines.py and two controls beside MMCPR
+    table2      the systems of baselines.py and the controls beside MMCPR
     table3      MMCPR without CIMA, without BCE
     fig3        subsets of the modalities
     fig4        the loss weight, both readings of CIMA
@@ -42,10 +42,12 @@ SYSTEMS = {"Most popular": "popular", "Random": "random", "Constant": "constant"
            "Graph-BERT": "graphbert", "PMGT": "pmgt", "GCN-P": "gcnp", "MMCPR": "mmcpr"}
 # What knows no content, no graph and no review.
 CONTROLS = ("Most popular", "Random", "Constant", "Eq. 15 alone")
+OTHERS = tuple(method for name, method in SYSTEMS.items() if name not in (*CONTROLS, "MMCPR"))
 GRID = ("1e-4", "1e-3", "1e-2")
 
 # Flags of finetune.py: the tables to start from as they are, or brought to a random start's RMS.
 AS_IS, XAVIER = (), ("--scale", "xavier")
+SCALES = {"asis": AS_IS, "xavier": XAVIER}
 # The tables themselves are ranked: a popularity is no start.
 NOT_TUNED = ("--layers", "0", "--epochs", "0")
 
@@ -92,6 +94,8 @@ class Sweep:
     new_splits: bool        # whether the other seeds have other ones
     letters: str            # the modalities that the data has, of RTVG
     shares: list            # of the training interactions, of `regimes`
+    scales: list            # flags of finetune.py to choose from, for tables that were learned
+    systems: dict           # {name: method} of table2 and the controls
 
     @property
     def has_pairs(self):
@@ -148,13 +152,13 @@ class Choice(NamedTuple):
     scale: tuple  # flags of finetune.py
 
 
-def scales_of(command):
+def scales_of(sweep, command):
     """The flags of finetune.py to choose among for tables that a command makes."""
     if command is None:
         return (AS_IS,)
     if "popular" in command:
         return (NOT_TUNED,)
-    return (AS_IS, XAVIER)
+    return sweep.scales
 
 
 def validation_recall(found):
@@ -173,7 +177,7 @@ def choose(sweep, systems):
         rates = [("--lr", lr) for lr in sweep.rates]
         if system in ("popular", "random", "constant", "clip"):
             rates = [()]
-        for scale in scales_of(sweep.pretraining(system)):
+        for scale in scales_of(sweep, sweep.pretraining(system)):
             for rate in rates:
                 grid.append((system, Choice(rate, scale)))
     cells = []
@@ -235,6 +239,8 @@ def title_of(sweep, name):
         title += f", rates {' '.join(sweep.rates)}"
     if sweep.patience:
         title += f", patience {sweep.patience}"
+    if len(sweep.scales) == 1:
+        title += f", scale {scale_name(sweep.scales[0], False)}"
     return title + sweep.settings
 
 
@@ -311,13 +317,13 @@ def table1(sweep):
 
 
 def table2(sweep):
-    chosen = choose(sweep, SYSTEMS.values())
+    chosen = choose(sweep, sweep.systems.values())
     wanted = {}
-    for name, system in SYSTEMS.items():
+    for name, system in sweep.systems.items():
         choice = chosen[system]
         wanted[name] = (sweep.pretraining(system, *choice.rate), choice.scale)
     rows = sweep.run_rows(wanted, "table 2")
-    systems = {name: SYSTEMS[name] for name in rows}
+    systems = {name: sweep.systems[name] for name in rows}
 
     # Vectors that are not CLIP's do not stand under its name.
     if "CLIP" in rows and rows["CLIP"].found[0]["report"]["method"] == "text+image":
@@ -337,6 +343,11 @@ def table2(sweep):
         command = sweep.pretraining("mmcpr", *choice.rate, "--modalities", "TVG")
         rows |= sweep.run_rows({"MMCPR without reviews": (command, choice.scale)},
                                "without reviews")
+    if sweep.letters != "G":
+        choice = chosen["mmcpr"]
+        command = sweep.pretraining("mmcpr", *choice.rate, "--shuffle-contents")
+        rows |= sweep.run_rows({"MMCPR, contents shuffled": (command, choice.scale)},
+                               "contents shuffled")
 
     lines = table(sweep, "Table 2", rows, table2_columns(rows, systems, chosen, sweep.label))
     lines.append("")
@@ -345,7 +356,8 @@ def table2(sweep):
         if name not in CONTROLS and not name.startswith(("MMCPR", "Random")):
             others[name] = row
     controls = {name: rows[name] for name in CONTROLS}
-    for name in ("MMCPR", "MMCPR without reviews", "MMCPR, the paper's recipe"):
+    for name in ("MMCPR", "MMCPR without reviews", "MMCPR, contents shuffled",
+                 "MMCPR, the paper's recipe"):
         for metric in ("recall@20", "ndcg@20"):
             if name in rows:
                 lines.append(comparison(sweep, name, rows, controls, others, metric))
@@ -372,7 +384,7 @@ def papers_recipe(sweep):
 def scale_cells(sweep, command, data_flags=()):
     """The first seed's cells of a pre-training among which validation chooses the scale."""
     return [sweep.cell(command, scale, sweep.seeds[0], data_flags)
-            for scale in scales_of(command)]
+            for scale in scales_of(sweep, command)]
 
 
 def choose_scale(sweep, command, title, data_flags=()):
@@ -555,6 +567,7 @@ def regimes(sweep):
             curves[name] = (x, [test_values(rows[name], metric) for rows in rows_at.values()])
         panels[f"test {metric}"] = curves
     plot(sweep.folder / "regimes.png", panels, draw_lines, "share of the training interactions")
+    plot_who(sweep, rows_at)
 
 
 def regime_lines(sweep, kept, rows):
@@ -574,27 +587,52 @@ def regime_lines(sweep, kept, rows):
 
 def who_lines(sweep, kept, rows):
     """Lines of Markdown of one share: who gains, by how much is known of a user, of an item."""
-    shown = {name: rows[name] for name in (*CONTROLS, "MMCPR") if name in rows}
-    return [*bin_lines(sweep, shown, f"Share {kept}, Recall@20 by a user's training interactions",
+    return [*bin_lines(sweep, rows, f"Share {kept}, Recall@20 by a user's training interactions",
                        compare.by_user, compare.USER_BINS),
-            *bin_lines(sweep, shown, f"Share {kept}, test interactions ranked among the first 20, "
+            *bin_lines(sweep, rows, f"Share {kept}, test interactions ranked among the first 20, "
                        "by the item's training interactions",
                        compare.by_item, compare.ITEM_BINS)]
 
 
+def in_bins(sweep, rows, means_of):
+    """({name: float [n_bins]}, counts [n_bins]) of the controls and MMCPR.
+
+    means_of: compare.by_user or by_item. The counts are the same for all rows.
+    """
+    values, counts = {}, []
+    for name in (*CONTROLS, "MMCPR"):
+        if name in rows:
+            of_runs = [sweep.cells.per_user(cell) for cell in rows[name].cells]
+            values[name], counts = means_of(of_runs)
+    return values, counts
+
+
 def bin_lines(sweep, rows, title, means_of, edges):
-    """means_of: compare.by_user or by_item."""
     names = compare.bin_names(edges)
     lines = [f"### {title}", "", "| | " + " | ".join(names) + " |",
              "|---" * (1 + len(names)) + "|"]
-    counts = []
-    for name, row in rows.items():
-        # The counts are the same for all rows.
-        means, counts = means_of([sweep.cells.per_user(cell) for cell in row.cells])
+    values, counts = in_bins(sweep, rows, means_of)
+    for name, means in values.items():
         texts = ["" if np.isnan(mean) else f"{mean:.4f}" for mean in means]
         lines.append(f"| {name} | " + " | ".join(texts) + " |")
     lines.append("| how many, all seeds | " + " | ".join(f"{n:,}" for n in counts) + " |")
     return [*lines, ""]
+
+
+def plot_who(sweep, rows_at):
+    """Who gains: by user and by item with all that is kept, by item with the least."""
+    most, least = max(rows_at, key=float), min(rows_at, key=float)
+    wanted = {f"Recall@20 by user, share {most}": (most, compare.by_user, compare.USER_BINS),
+              f"hits@20 by item, share {most}": (most, compare.by_item, compare.ITEM_BINS),
+              f"hits@20 by item, share {least}": (least, compare.by_item, compare.ITEM_BINS)}
+    panels = {}
+    for title, (kept, means_of, edges) in wanted.items():
+        values, _ = in_bins(sweep, rows_at[kept], means_of)
+        curves = {}
+        for name, means in values.items():
+            curves[name] = (compare.bin_names(edges), [[mean] for mean in means])
+        panels[title] = curves
+    plot(sweep.folder / "who.png", panels, draw_lines, "training interactions")
 
 
 def new_items(sweep):
@@ -858,6 +896,10 @@ def arguments():
     parser.add_argument("--shares", type=share, nargs="+", default=SHARES,
                         help="of each user's training interactions, for regimes "
                         "(default: .1 .2 .4 .7 1)")
+    parser.add_argument("--scales", choices=SCALES, nargs="+", default=list(SCALES),
+                        help="of the start of fine-tuning, to choose from")
+    parser.add_argument("--systems", choices=OTHERS, nargs="+", default=list(OTHERS),
+                        help="of table2, beside the controls and MMCPR")
     parser.add_argument("--jobs", type=run.positive, default=1,
                         help="scripts at a time; they share the cores")
     parser.add_argument("--results", default="paper/results",
@@ -921,8 +963,14 @@ def open_sweep(args):
     fingerprint = run.run_id({}, parts, features.values())
     cells = Cells(data_flags, encoding_flags, fingerprint, folder, args.jobs)
     letters = "".join(letter for letter in "RTV" if letter in features) + "G"
+    scales = [SCALES[name] for name in args.scales]
+    systems = {}
+    for name, method in SYSTEMS.items():
+        if method not in OTHERS or method in args.systems:
+            systems[name] = method
     return Sweep(cells, folder, label, args.seeds, args.rates, args.patience, settings, dataset,
-                 data_options["split_seed"], not data_options["sample"], letters, args.shares)
+                 data_options["split_seed"], not data_options["sample"], letters, args.shares,
+                 scales, systems)
 
 
 def main(argv=None):

@@ -32,7 +32,7 @@ import metrics
 import mmcpr
 import ops
 import run
-from paper import baselines, bench, compare, map, reproduce
+from paper import baselines, bench, compare, epochs, map, reproduce
 from paper.cells import Cell, Cells
 from conftest import HERE, binary, call, shop, write_shop
 
@@ -919,6 +919,39 @@ def test_bins_hold_the_means_of_who_is_in_them():
     assert means.tolist() == [0.5, 0, 1] and counts.tolist() == [2, 1, 1]
 
 
+# --- The test over the epochs ----------------------------------------------------------------
+
+def test_curve_ends_where_finetuning_ends(shop_folder, capsys):
+    """Every point is the test of a fine-tuning of that many epochs."""
+    flags = ("--data", "shop", "--valid", 0, "--eval-every", 2)
+    assert call(epochs.main, *flags, "--epochs", 5, "--metrics", "curve.json") == 0
+    points = json.loads(Path("curve.json").read_text())["points"]
+    assert [point["epoch"] for point in points] == [0, 2, 4, 5]
+    for point in points:
+        flags = ("--data", "shop", "--valid", 0, "--epochs", point["epoch"])
+        assert call(finetune.main, *flags, "--metrics", "m.json") == 0
+        test = json.loads(Path("m.json").read_text())["test"]
+        assert {name: point[name] for name in test} == test
+    assert call(epochs.main, "--figure", "epochs.png", "curve.json") == 0
+    assert Image.open("epochs.png").size[0] > 300
+
+
+def test_curve_starts_from_tables_of_its_own_split(shop_folder, capsys):
+    assert call(baselines.main, "--method", "random", "--data", "shop", "--out", "emb.npz") == 0
+    flags = ("--init", "emb.npz", "--epochs", 1, "--metrics", "curve.json")
+    assert call(epochs.main, *flags) == 0
+    assert call(epochs.main, *flags, "--valid", 0) == 2
+    assert "other training interactions" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags, words", [
+    ((), "--metrics must say where"), (("--figure", "f.png", "no.json"), "no.json: not there"),
+    (("--metrics", "c.json", "--lr", 1e30, "--valid", 0), "not finite at epoch")])
+def test_curve_that_is_not_there(shop_folder, capsys, flags, words):
+    assert call(epochs.main, "--data", "shop", "--epochs", 2, *flags) == 2
+    assert words in capsys.readouterr().err
+
+
 # --- reproduce.py: sweeps on the shop, in this process ------------------------------------
 
 MAINS = {"mmcpr.py": mmcpr.main, "baselines.py": baselines.main, "finetune.py": finetune.main}
@@ -1055,11 +1088,12 @@ def test_all_tables_and_figures_are_made(all_targets):
     sweep, out = all_targets
     for name in ("table1", "table2", "table3", "fig3", "fig4", "scale", "regimes", "new-items"):
         assert (FOLDER / f"{name}.md").read_text().strip() in out
-    for name in ("fig3", "fig4", "training", "attention", "scale", "regimes"):
+    for name in ("fig3", "fig4", "training", "attention", "scale", "regimes", "who"):
         assert Image.open(FOLDER / f"{name}.png").size[0] > 300
     for name in ("Random", "Constant", "Eq. 15 alone", "Random at the RMS of MMCPR as is",
                  "MMCPR, the paper's recipe", "text+image", "MMGCN", "GPT-GNN",
-                 "Graph-BERT", "PMGT", "GCN-P", "MMCPR without reviews", "MMCPR"):
+                 "Graph-BERT", "PMGT", "GCN-P", "MMCPR without reviews",
+                 "MMCPR, contents shuffled", "MMCPR"):
         assert table_row("table2", name)
     before, n_ran = files_made(), len(sweep.ran)
     assert sweep.target("all", *ALL) == 0
@@ -1123,9 +1157,9 @@ def test_every_run_stands_in_the_csv_once(all_targets):
         rows = list(csv.DictReader(file))
     by_command = {(row["pretraining"], row["finetuning"], row["seed"]): row for row in rows}
     # The choice: seven systems at two rates and two scales, text+image and constant at two
-    # scales, Random and popularity. The other seed of eleven systems. Two more rows of two seeds
-    # each; the paper's recipe at two scales, and the other seed.
-    assert len(by_command) == len(rows) == (7 * 2 * 2 + 2 * 2 + 2) + 11 + 2 * 2 + 3
+    # scales, Random and popularity. The other seed of eleven systems. Three more rows of two
+    # seeds each; the paper's recipe at two scales, and the other seed.
+    assert len(by_command) == len(rows) == (7 * 2 * 2 + 2 * 2 + 2) + 11 + 3 * 2 + 3
     for cell in usual_cells():
         pretraining = cell["pretraining"] or ["random"]
         finetuning = ["finetune.py", *cell["finetuning"]]
@@ -1300,6 +1334,21 @@ def test_rates_that_are_none(sweep, rate):
     with pytest.raises(SystemExit):
         sweep.target("table3", f"--rates={rate}")
     assert not sweep.ran
+
+
+def test_systems_and_scales_that_are_left_out(sweep):
+    """Nothing of them is run; the controls and MMCPR stay."""
+    assert sweep.target("table2", *SHORT, "--systems", "clip", "--scales", "xavier") == 0
+    rows = (FOLDER / "table2.md").read_text()
+    assert "text+image" in rows and "PMGT" not in rows and "scale Xavier's" in rows
+    assert {row for row in reproduce.CONTROLS if not table_row("table2", row)} == set()
+    assert not any("pmgt" in command for command in sweep.ran)
+    scales = {cell["finetuning"][-1] for cell in read_cells() if "--scale" in cell["finetuning"]}
+    rms = table_row("table2", "Random at the RMS of MMCPR as is")
+    assert rms and len(scales) == 2 and "xavier" in scales  # and that RMS
+    learned = [cell for cell in read_cells() if cell["pretraining"]]
+    assert all(cell["finetuning"] in (["--scale", "xavier"], ["--layers", "0", "--epochs", "0"])
+               for cell in learned)
 
 
 def test_gain_is_relative_and_paired(all_targets):

@@ -1,0 +1,103 @@
+"""The test over a thousand epochs of fine-tuning, without validation: the paper's protocol.
+
+    python mmcpr.py --valid 0 --epochs 20
+    python -m paper.epochs --init emb.npz --valid 0 --eval-every 50 --metrics mmcpr.json
+    python -m paper.epochs --init random --valid 0 --eval-every 50 --metrics random.json
+    python -m paper.epochs --figure epochs.png mmcpr.json random.json
+
+The paper names a thousand epochs, and no validation. Here no epoch is chosen: every --eval-every
+epochs the test is ranked, and all of it is written. The options are those of finetune.py.
+"""
+import json
+import sys
+from pathlib import Path
+
+import run  # before the libraries: from here on Ctrl-C ends in one line
+
+import numpy as np
+from tqdm import tqdm
+
+import data
+import finetune
+from paper.reproduce import draw_lines, plot
+
+
+def train(parts, init, args, write):
+    """Trains as finetune.finetune does; calls write(points) after every test.
+
+    points: [{"epoch": int, "loss": float, "recall@20": float, ...}], epoch 0 without a loss.
+    """
+    training = finetune.start_training(parts, init, args, args.seeds[0], args.device)
+    points, loss = [], None
+    bar = tqdm(range(args.epochs + 1), unit="epoch")
+    for epoch in bar:
+        # Epoch 0 is the tables as given.
+        if epoch > 0:
+            loss = finetune.train_epoch(training, args)
+            if not np.isfinite(loss):
+                raise run.InputError(f"the loss is not finite at epoch {epoch}; "
+                                     f"lower --lr (now {args.lr}) or --scale")
+        if epoch % args.eval_every == 0 or epoch == args.epochs:
+            test, _ = finetune.rank_test(*training.model.embed(), parts)
+            points.append({"epoch": epoch, "loss": loss} | test)
+            bar.set_postfix({"loss": loss, "test recall@20": f"{test['recall@20']:.4f}"})
+            write(points)
+
+
+def train_and_write(args):
+    arrays, data_options = finetune.read_init(args)
+    dataset, parts, data_options = data.open_data(args, data_options, contents=False)
+    if arrays is not None:
+        finetune.check_same_split(args.init, arrays, dataset, parts)
+
+    def write(points):
+        found = {"data": data_options["data"], "init": args.init, "scale": args.scale,
+                 "seed": args.seeds[0], "points": points}
+        run.write_file(args.metrics, lambda file: json.dump(found, file, indent=1), "w")
+
+    train(parts, arrays, args, write)
+    print(f"wrote {args.metrics}; next: python -m paper.epochs --figure epochs.png {args.metrics}")
+
+
+def draw(path, curve_files):
+    """A PNG of test Recall@20 and NDCG@20 by epoch; a curve is named after its file."""
+    panels = {}
+    for metric in ("recall@20", "ndcg@20"):
+        curves = {}
+        for file in map(Path, curve_files):
+            points = read_points(file)
+            epochs = [point["epoch"] for point in points]
+            curves[file.stem] = (epochs, [[point[metric]] for point in points])
+        panels[f"test {metric}"] = curves
+    plot(path, panels, draw_lines, "epoch of fine-tuning")
+    print(f"wrote {path}")
+
+
+def read_points(path):
+    try:
+        points = json.loads(path.read_text())["points"]
+        if all({"epoch", "recall@20", "ndcg@20"} <= set(point) for point in points):
+            return points
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    raise run.InputError(f"{path}: not there, or not what paper.epochs writes; name its --metrics")
+
+
+def main(argv=None):
+    parser = finetune.arguments()
+    parser.prog, parser.description = "python -m paper.epochs", "Test over the epochs, and draw it."
+    parser.add_argument("--figure", metavar="PNG", help="draw the curves here, and train nothing")
+    parser.add_argument("curves", nargs="*", metavar="JSON", help="of earlier --metrics")
+    args = parser.parse_args(argv)
+    if args.figure:
+        run.check_outputs([args.figure], args.curves)
+        draw(args.figure, args.curves)
+        return
+    finetune.check_arguments(args)
+    if not args.metrics:
+        raise run.InputError("--metrics must say where the curve goes")
+    train_and_write(args)
+
+
+if __name__ == "__main__":
+    sys.exit(run.cli(main))
