@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 import data
 import finetune
-from paper.reproduce import draw_lines, plot
+from paper.figures import draw_lines, plot
 
 
 def train(parts, init, args, write):

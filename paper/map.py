@@ -13,7 +13,7 @@ from pathlib import Path
 
 import run  # before the libraries: from here on Ctrl-C ends in one line
 
-from paper.reproduce import means_and_bars, open_figure, save_figure
+from paper.figures import means_and_bars, open_figure, save_figure
 
 COLUMNS = {"pretraining", "finetuning", "data", "seed", "valid recall@20", "recall@20"}
 

@@ -1,0 +1,66 @@
+"""Figures with one panel per title, of {title: {curve: (x, per x one value of each seed)}}."""
+import run  # before the libraries: from here on Ctrl-C ends in one line
+
+import numpy as np
+
+
+def means_and_bars(values):
+    """(means, keyword arguments of matplotlib's error bars) of the seeds' values per x."""
+    means = [np.mean(of_seeds) for of_seeds in values]
+    if not values or len(values[0]) < 2:
+        return means, {}
+    deviations = [np.std(of_seeds, ddof=1) for of_seeds in values]
+    return means, {"yerr": deviations, "capsize": 3}
+
+
+def draw_bars(axis, curves):
+    for names, values in curves.values():
+        means, error_bars = means_and_bars(values)
+        axis.bar(names, means, **error_bars)
+        # Bars that start at 0 would all look the same.
+        axis.set_ylim(0.9 * min(means))  # as the paper cuts its bars
+        axis.tick_params("x", rotation=60)
+
+
+def draw_points(axis, curves):
+    """A point for every seed: they may fall on either side of a mean."""
+    for modality, (names, values) in curves.items():
+        color = f"C{'RTVG'.index(modality)}"
+        x = np.repeat(names, [len(of_seeds) for of_seeds in values])
+        axis.plot(x, np.concatenate(values), "o", label=modality, color=color)
+
+
+def draw_lines(axis, curves):
+    for label, (x, values) in curves.items():
+        means, error_bars = means_and_bars(values)
+        marker = "o" if len(x) < 20 else ""
+        axis.errorbar(x, means, marker=marker, label=label, **error_bars)
+
+
+def plot(path, panels, draw, xlabel=""):
+    """A PNG with one panel per entry of {title: {curve: (x, per x one value of each seed)}}."""
+    figure, axes = open_figure(len(panels), 5)
+    for axis, (title, curves) in zip(axes, panels.items()):
+        draw(axis, curves)
+        axis.set(title=title, xlabel=xlabel)
+        axis.grid(alpha=0.3)
+        if len(curves) > 1:
+            axis.legend()
+    figure.tight_layout()
+    save_figure(path, figure)
+
+
+def open_figure(n_panels, width):
+    """(figure, its panels side by side), each `width` inches wide."""
+    # Imported here: it takes a second, and most calls plot nothing.
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    figure, axes = pyplot.subplots(1, n_panels, figsize=(width * n_panels, 3.6), squeeze=False)
+    return figure, axes[0]
+
+
+def save_figure(path, figure):
+    from matplotlib import pyplot
+    run.write_file(path, lambda file: figure.savefig(file, format="png", dpi=120))
+    pyplot.close(figure)

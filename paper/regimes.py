@@ -1,0 +1,173 @@
+"""The map of when pre-training pays, of one data set: reproduce.py's regimes and new-items.
+
+How each gain fades as training data grows, who gains, and items without any interaction.
+"""
+import numpy as np
+
+from paper import compare
+from paper.figures import draw_lines, plot
+from paper.sweep import (CONTROLS, P_VALUE, SYSTEMS, best_of, choose_scale, gain, scale_cells,
+                         scale_name, table_lines, test_values, title_of)
+
+SHARES = (".1", ".2", ".4", ".7", "1")
+
+
+def starts(sweep):
+    """{name: pretraining} of the map: the controls, graphs or contents alone, and everything.
+
+    With the scripts' own recipe: no rate is chosen.
+    """
+    wanted = {name: sweep.pretraining(SYSTEMS[name]) for name in CONTROLS}
+    wanted["Graphs alone"] = sweep.pretraining("mmcpr", "--modalities", "G")
+    contents = sweep.letters.removesuffix("G")
+    if contents:
+        command = sweep.pretraining("mmcpr", "--modalities", contents)
+        wanted[f"Contents alone ({contents})"] = command
+        wanted["MMCPR"] = sweep.pretraining("mmcpr")
+    return wanted
+
+
+def run_starts(sweep, wanted, title, splits):
+    """run_rows of {name: pretraining} at the scale that validation chooses, for each split.
+
+    splits: {name of a split: flags of the data}. Returns {name of a split: its rows}. All that
+    can run side by side does: first the choice, then the rows.
+    """
+    trials = []
+    for data_flags in splits.values():
+        for command in wanted.values():
+            trials += scale_cells(sweep, command, data_flags)
+    sweep.cells.run(trials, f"{title}: scale")
+    rows_of, chosen, cells = {}, {}, []
+    for split, data_flags in splits.items():
+        chosen[split] = {}
+        for name, command in wanted.items():
+            scale = choose_scale(sweep, command, title, data_flags)
+            chosen[split][name] = (command, scale)
+            for seed in sweep.seeds:
+                cells.append(sweep.cell(command, scale, seed, data_flags))
+    sweep.cells.run(cells, title)
+    for split, data_flags in splits.items():
+        rows_of[split] = sweep.run_rows(chosen[split], title, data_flags)
+    return rows_of
+
+
+def regimes(sweep):
+    """Recall and NDCG against the share of training interactions that is kept."""
+    splits = {}
+    for kept in sweep.shares:
+        # All of it: the cells of Table 2.
+        splits[kept] = () if float(kept) == 1 else ("--keep", kept)
+    rows_at = run_starts(sweep, starts(sweep), "the map", splits)
+    lines = [title_of(sweep, "The map"), ""]
+    for kept, rows in rows_at.items():
+        lines += regime_lines(sweep, kept, rows)
+    for kept, rows in rows_at.items():
+        lines += who_lines(sweep, kept, rows)
+    lines.append(P_VALUE)
+    sweep.show("regimes", lines)
+    panels = {}
+    for metric in ("recall@20", "ndcg@20"):
+        curves = {}
+        for name in starts(sweep):
+            x = [float(kept) for kept in sweep.shares]
+            curves[name] = (x, [test_values(rows[name], metric) for rows in rows_at.values()])
+        panels[f"test {metric}"] = curves
+    plot(sweep.folder / "regimes.png", panels, draw_lines, "share of the training interactions")
+    plot_who(sweep, rows_at)
+
+
+def regime_lines(sweep, kept, rows):
+    """Lines of Markdown of one share: the metrics, and what each row gains."""
+    controls = {name: rows[name] for name in CONTROLS}
+    best = best_of(controls, "recall@20")
+    over_best, over_random, scales = {}, {}, {}
+    for name, row in rows.items():
+        scales[name] = scale_name(row.cells[0].finetuning, name == "Random")
+        if name != best:
+            over_best[name] = gain(sweep, row, rows[best], "recall@20")
+        if name != "Random":
+            over_random[name] = gain(sweep, row, rows["Random"], "recall@20")
+    columns = {f"recall@20 over {best}": over_best, "over Random": over_random, "scale": scales}
+    return [f"## Share {kept}", "", *table_lines(rows, columns), ""]
+
+
+def who_lines(sweep, kept, rows):
+    """Lines of Markdown of one share: who gains, by how much is known of a user, of an item."""
+    return [*bin_lines(sweep, rows, f"Share {kept}, Recall@20 by a user's training interactions",
+                       compare.by_user, compare.USER_BINS),
+            *bin_lines(sweep, rows, f"Share {kept}, test interactions ranked among the first 20, "
+                       "by the item's training interactions",
+                       compare.by_item, compare.ITEM_BINS)]
+
+
+def in_bins(sweep, rows, means_of):
+    """({name: float [n_bins]}, counts [n_bins]) of the controls and MMCPR.
+
+    means_of: compare.by_user or by_item. The counts are the same for all rows.
+    """
+    values, counts = {}, []
+    for name in (*CONTROLS, "MMCPR"):
+        if name in rows:
+            of_runs = [sweep.cells.per_user(cell) for cell in rows[name].cells]
+            values[name], counts = means_of(of_runs)
+    return values, counts
+
+
+def bin_lines(sweep, rows, title, means_of, edges):
+    names = compare.bin_names(edges)
+    lines = [f"### {title}", "", "| | " + " | ".join(names) + " |",
+             "|---" * (1 + len(names)) + "|"]
+    values, counts = in_bins(sweep, rows, means_of)
+    for name, means in values.items():
+        texts = ["" if np.isnan(mean) else f"{mean:.4f}" for mean in means]
+        lines.append(f"| {name} | " + " | ".join(texts) + " |")
+    lines.append("| how many, all seeds | " + " | ".join(f"{n:,}" for n in counts) + " |")
+    return [*lines, ""]
+
+
+def plot_who(sweep, rows_at):
+    """Who gains: by user and by item with all that is kept, by item with the least."""
+    most, least = max(rows_at, key=float), min(rows_at, key=float)
+    wanted = {f"Recall@20 by user, share {most}": (most, compare.by_user, compare.USER_BINS),
+              f"hits@20 by item, share {most}": (most, compare.by_item, compare.ITEM_BINS),
+              f"hits@20 by item, share {least}": (least, compare.by_item, compare.ITEM_BINS)}
+    panels = {}
+    for title, (kept, means_of, edges) in wanted.items():
+        values, _ = in_bins(sweep, rows_at[kept], means_of)
+        curves = {}
+        for name, means in values.items():
+            curves[name] = (compare.bin_names(edges), [[mean] for mean in means])
+        panels[title] = curves
+    plot(sweep.folder / "who.png", panels, draw_lines, "training interactions")
+
+
+def new_items(sweep):
+    """A tenth of the items without any training interaction, ranked among themselves."""
+    contents = sweep.letters.removesuffix("G")
+    if not set(contents) & set("TV"):
+        print("new items: this data has neither texts nor images to know them by")
+        return
+    alone = sweep.pretraining("mmcpr", "--modalities", contents)
+    wanted = {"Random": None, f"Contents alone ({contents})": alone,
+              "MMCPR": sweep.pretraining("mmcpr")}
+    if sweep.has_pairs:
+        wanted["w/o CIMA (λ = 0)"] = sweep.pretraining("mmcpr", "--lam", "0")
+    data_flags = ("--new-items", "0.1")
+    tuned = run_starts(sweep, wanted, "new items", {"new": data_flags})["new"]
+    as_given = {name: (command, ("--epochs", "0")) for name, command in wanted.items()}
+    rows = {}
+    for name, row in sweep.run_rows(as_given, "new items as handed over", data_flags).items():
+        rows[f"{name}, as handed over"] = row
+        rows[f"{name}, fine-tuned"] = tuned[name]
+    n_new = round(0.1 * sweep.dataset.n_items)
+    lines = [title_of(sweep, "New items"), "",
+             f"{n_new} of {sweep.dataset.n_items:,} items, ranked among themselves; chance is a "
+             f"Recall@20 of {min(1, 20 / n_new):.3f}.", "", *table_lines(rows)]
+    if "w/o CIMA (λ = 0), as handed over" in rows:
+        lines.append("")
+        for how in ("as handed over", "fine-tuned"):
+            text = gain(sweep, rows[f"MMCPR, {how}"], rows[f"w/o CIMA (λ = 0), {how}"],
+                        "recall@20")
+            lines.append(f"- {how}: MMCPR over MMCPR without CIMA, recall@20 {text}")
+    sweep.show("new-items", [*lines, "", P_VALUE])

@@ -1,0 +1,287 @@
+"""A sweep of runs on one data set: which it needs, what is chosen, and the text of its tables.
+
+What every target of reproduce.py is made of. A row of a table is one system or variant, a cell for
+each seed (see cells.py).
+"""
+import csv
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import run  # before the libraries: from here on Ctrl-C ends in one line
+
+import numpy as np
+
+from paper import compare
+from paper.cells import Cell, Cells
+
+SYSTEMS = {"Most popular": "popular", "Random": "random", "Constant": "constant",
+           "Eq. 15 alone": "mf", "CLIP": "clip", "MMGCN": "mmgcn", "GPT-GNN": "gptgnn",
+           "Graph-BERT": "graphbert", "PMGT": "pmgt", "GCN-P": "gcnp", "MMCPR": "mmcpr"}
+# What knows no content, no graph and no review.
+CONTROLS = ("Most popular", "Random", "Constant", "Eq. 15 alone")
+OTHERS = tuple(method for name, method in SYSTEMS.items() if name not in (*CONTROLS, "MMCPR"))
+GRID = ("1e-4", "1e-3", "1e-2")
+
+# Flags of finetune.py: the tables to start from as they are, or brought to a random start's RMS.
+AS_IS, XAVIER = (), ("--scale", "xavier")
+SCALES = {"asis": AS_IS, "xavier": XAVIER}
+# The tables themselves are ranked: a popularity is no start.
+NOT_TUNED = ("--layers", "0", "--epochs", "0")
+
+METRICS = ("recall@20", "recall@40", "recall@60", "ndcg@20", "ndcg@40", "ndcg@60")
+P_VALUE = ("±: standard error of the difference, in percent of the other's mean. p: paired "
+           "bootstrap over users and seeds, uncorrected.")
+
+
+# --- Rows of cells ------------------------------------------------------------------------
+
+class Row(NamedTuple):
+    """One system or variant: its cells, a seed each, and what they found."""
+    cells: list
+    found: list
+
+
+@dataclass
+class Sweep:
+    """The cells of a data set, and what was asked for."""
+    cells: Cells
+    folder: Path            # results/<data>: where tables and figures go
+    label: str              # the data set's name
+    seeds: list
+    rates: tuple            # learning rates to choose from, as they were typed
+    patience: int | None    # of mmcpr.py, in epochs; None: its own
+    settings: str           # what of data and features is not the default, for the titles
+    dataset: object         # as data.open_data returns it
+    split_seed: int         # of the first seed's split
+    new_splits: bool        # whether the other seeds have other ones
+    letters: str            # the modalities that the data has, of RTVG
+    shares: list            # of the training interactions, of `regimes`
+    scales: list            # flags of finetune.py to choose from, for tables that were learned
+    systems: dict           # {name: method} of table2 and the controls
+
+    @property
+    def has_pairs(self):
+        """Whether there are both texts and images."""
+        return {"T", "V"} <= set(self.letters)
+
+    def cell(self, pretraining, finetuning, seed, data_flags=()):
+        """A cell. Where the split is ours every seed has a split of its own."""
+        if self.new_splits and (self.dataset.labels is None or data_flags):
+            data_flags = ("--split-seed", str(self.split_seed + seed), *data_flags)
+        return Cell(pretraining, finetuning, seed, tuple(data_flags))
+
+    def pretraining(self, system, *flags):
+        """The command that makes a system's tables; None for a random start."""
+        if system == "random":
+            return None
+        if system not in ("mmcpr", "mf"):
+            return ("baselines.py", "--method", system, *flags)
+        # The other systems' patience counts steps, and stays theirs.
+        if self.patience:
+            flags += ("--patience", str(self.patience))
+        # Matrix factorisation by the BCE of Eq. 15: tables of users and items, nothing else.
+        if system == "mf":
+            flags = ("--modalities", "none", *flags)
+        return ("mmcpr.py", *flags)
+
+    def run_rows(self, wanted, title, data_flags=()):
+        """{row: (pretraining, finetuning)} -> {row: [a found cell for each seed]}.
+
+        Without the rows that the data has nothing for.
+        """
+        cells = []
+        for pretraining, finetuning in wanted.values():
+            for seed in self.seeds:
+                cells.append(self.cell(pretraining, finetuning, seed, data_flags))
+        found = self.cells.run(cells, title)
+        rows = {}
+        # The cells are in order: a row's seeds stand side by side.
+        for start, name in zip(range(0, len(cells), len(self.seeds)), wanted):
+            row = slice(start, start + len(self.seeds))
+            if all(found[row]):
+                rows[name] = Row(cells[row], found[row])
+        return rows
+
+    def show(self, name, lines):
+        """Prints Markdown, and keeps it as <name>.md."""
+        text = "\n".join(lines) + "\n"
+        run.write_file(self.folder / f"{name}.md", lambda file: file.write(text), "w")
+        print(f"\n{text}", flush=True)
+
+
+class Choice(NamedTuple):
+    rate: tuple   # flags of the pre-training
+    scale: tuple  # flags of finetune.py
+
+
+def scales_of(sweep, command):
+    """The flags of finetune.py to choose among for tables that a command makes."""
+    if command is None:
+        return (AS_IS,)
+    if "popular" in command:
+        return (NOT_TUNED,)
+    return sweep.scales
+
+
+def validation_recall(found):
+    """What a found cell is chosen by; what diverged, or has nothing to do, loses to anything."""
+    return found["finetune"]["valid"]["recall@20"] if found else -1
+
+
+def choose(sweep, systems):
+    """{system: Choice}: the learning rate and the scale of the start, by validation.
+
+    Of all pairs the one with the best validation Recall@20 after fine-tuning, on the first seed.
+    What learns nothing has no rate, and a random start no other scale.
+    """
+    grid = []
+    for system in systems:
+        rates = [("--lr", lr) for lr in sweep.rates]
+        if system in ("popular", "random", "constant", "clip"):
+            rates = [()]
+        for scale in scales_of(sweep, sweep.pretraining(system)):
+            for rate in rates:
+                grid.append((system, Choice(rate, scale)))
+    cells = []
+    for system, choice in grid:
+        command = sweep.pretraining(system, *choice.rate)
+        cells.append(sweep.cell(command, choice.scale, sweep.seeds[0]))
+    found = sweep.cells.run(cells, "learning rate and scale", may_diverge=True)
+    chosen, best = {}, {}
+    for (system, choice), cell in zip(grid, found):
+        recall = validation_recall(cell)
+        if system not in best or recall > best[system]:
+            chosen[system], best[system] = choice, recall
+    return chosen
+
+
+def scale_cells(sweep, command, data_flags=()):
+    """The first seed's cells of a pre-training among which validation chooses the scale."""
+    return [sweep.cell(command, scale, sweep.seeds[0], data_flags)
+            for scale in scales_of(sweep, command)]
+
+
+def choose_scale(sweep, command, title, data_flags=()):
+    """AS_IS or XAVIER, by the first seed's validation Recall@20 after fine-tuning."""
+    cells = scale_cells(sweep, command, data_flags)
+    found = sweep.cells.run(cells, f"{title}: scale")
+    best = int(np.argmax([validation_recall(cell) for cell in found]))
+    return cells[best].finetuning
+
+
+def control_rows(sweep):
+    """The rows of the controls, at the rate and scale that validation chooses for each."""
+    chosen = choose(sweep, [SYSTEMS[name] for name in CONTROLS])
+    wanted = {}
+    for name in CONTROLS:
+        choice = chosen[SYSTEMS[name]]
+        wanted[name] = (sweep.pretraining(SYSTEMS[name], *choice.rate), choice.scale)
+    return sweep.run_rows(wanted, "controls")
+
+
+# --- The text of a table ------------------------------------------------------------------
+
+def test_values(row, metric):
+    """float [n_seeds]: one test metric."""
+    return np.array([cell["finetune"]["test"][metric] for cell in row.found])
+
+
+def mean_and_deviation(values):
+    text = f"{values.mean():.4f}"
+    if len(values) > 1:
+        text += f" ± {values.std(ddof=1):.4f}"
+    return text
+
+
+def user_table(sweep, row, metric):
+    """float [n_seeds, n_users]: the metric of each user (compare.user_table)."""
+    runs = [sweep.cells.per_user(cell) for cell in row.cells]
+    return compare.user_table(runs, sweep.dataset.user_ids, metric)
+
+
+def difference(sweep, ours, other, metric):
+    """compare.Difference of two rows."""
+    return compare.paired_bootstrap(user_table(sweep, ours, metric),
+                                    user_table(sweep, other, metric))
+
+
+def gain(sweep, ours, other, metric):
+    """As "+5.1 % ± 1.2 (p = 0.002)": the relative gain, its standard error, p."""
+    found = difference(sweep, ours, other, metric)
+    base = test_values(other, metric).mean()
+    p = "p < 0.001" if found.p < 0.001 else f"p = {found.p:.3f}"
+    return f"{100 * found.mean / base:+.1f} % ± {100 * found.error / base:.1f} ({p})"
+
+
+def best_of(rows, metric):
+    """The name of the row with the highest mean."""
+    return max(rows, key=lambda name: test_values(rows[name], metric).mean())
+
+
+def title_of(sweep, name):
+    """A table's title; it names what is not the default."""
+    title = f"# {name}, {sweep.label}, seeds {' '.join(map(str, sweep.seeds))}"
+    if tuple(sweep.rates) != GRID:
+        title += f", rates {' '.join(sweep.rates)}"
+    if sweep.patience:
+        title += f", patience {sweep.patience}"
+    if len(sweep.scales) == 1:
+        title += f", scale {scale_name(sweep.scales[0], False)}"
+    return title + sweep.settings
+
+
+def table(sweep, name, rows, columns=None):
+    """Lines of Markdown of rows {name: its cells}.
+
+    columns: {title of a column beside the metrics: {row: text}}.
+    """
+    return [title_of(sweep, name), "", *table_lines(rows, columns)]
+
+
+def table_lines(rows, columns=None):
+    """The same without the title."""
+    columns = columns or {}
+    names = [*METRICS, *columns]
+    lines = ["| | " + " | ".join(names) + " |", "|---" * (1 + len(names)) + "|"]
+    for name, row in rows.items():
+        texts = [name]
+        for metric in METRICS:
+            texts.append(mean_and_deviation(test_values(row, metric)))
+        for column in columns.values():
+            texts.append(column.get(name, ""))
+        lines.append("| " + " | ".join(texts) + " |")
+    return lines
+
+
+def scale_name(finetuning, is_random):
+    if finetuning == NOT_TUNED:
+        return "not tuned"
+    return "Xavier's" if finetuning == XAVIER or is_random else "as is"
+
+
+def rms(row):
+    """The RMS of the tables as they were handed over, of the first seed."""
+    return f"{row.found[0]['report']['rms']['all']:.4g}"
+
+
+def write_runs(path, used):
+    """<target>.csv of {Cell: what it found}: what a paired comparison needs."""
+    header = ["pretraining", "finetuning", "data", "seed", "epoch", "valid recall@20", *METRICS]
+    rows = []
+    for cell, found in used.items():
+        if found is None:
+            continue
+        result = found["finetune"]
+        row = [" ".join(cell.pretraining or ("random",)),
+               " ".join(("finetune.py", *cell.finetuning)), " ".join(cell.data), cell.seed,
+               result["epoch"], f"{result['valid']['recall@20']:.6f}"]
+        for metric in METRICS:
+            row.append(f"{result['test'][metric]:.6f}")
+        rows.append(row)
+
+    def write(file):
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(header)
+        writer.writerows(rows)
+    run.write_file(path, write, "w")
