@@ -392,8 +392,7 @@ def pretrain(parts, features, args, device="cpu", checkpoint=None):
     torch.manual_seed(args.seed)
     started = time.time()
     checkpoint = checkpoint or run.Checkpoint()
-    train = parts.train
-    known_items = parts.known_items()
+    train, known_items = parts.train, parts.known_items()
     R = ops.sparse_tensor(train if known_items is None else train[:, known_items], device)
     model = MMCPR(train, features, args.modalities, args.dim, args.layers, args.bias, device,
                   known_items)
@@ -423,15 +422,7 @@ def pretrain(parts, features, args, device="cpu", checkpoint=None):
             if epoch % args.eval_every == 0 or epoch == args.epochs:
                 value, measured = validate(model, parts, heldout_items, epoch, args)
                 point = {"epoch": epoch, "cima": l1, "bce": l2, **measured}
-                progress["history"].append(point)
-                # First the model learns how popular items are, and validation stands still.
-                # Patience starts when it knows more than that.
-                if progress["beat_popularity_at"] is None and l2 < CLEARLY_BELOW * popularity:
-                    progress["beat_popularity_at"] = epoch
-                # The epoch is chosen on validation; test is not looked at here.
-                if progress["best"] is None or value > progress["best"]["value"]:
-                    weights = {name: x.clone() for name, x in model.state_dict().items()}
-                    progress["best"] = {"value": value, "weights": weights, **point}
+                record(progress, point, value, model, popularity)
                 bar.set_postfix({k: f"{v:.4f}" for k, v in point.items() if k != "epoch"})
             progress["epoch"], progress["seconds"] = epoch, time.time() - started
             checkpoint.update(model, optimizer, progress)
@@ -443,9 +434,9 @@ def pretrain(parts, features, args, device="cpu", checkpoint=None):
         interrupted = True
     bar.close()
 
-    model.load_state_dict(progress["best"]["weights"])
-    user, item = model.embed()
     best = progress["best"]
+    model.load_state_dict(best["weights"])
+    user, item = model.embed()
     if not torch.isfinite(user.square().sum() + item.square().sum()):
         raise run.InputError(f"the tables are not finite at epoch {best['epoch']}; "
                              f"lower --lr (now {args.lr})")
@@ -462,6 +453,19 @@ def pretrain(parts, features, args, device="cpu", checkpoint=None):
         "rms": {"user": rms(user), "item": rms(item), "all": rms(torch.cat([user, item]))},
         "history": progress["history"]}
     return user.cpu().numpy(), item.cpu().numpy(), report
+
+
+def record(progress, point, value, model, popularity):
+    """Notes a validation in `progress`, and the model's weights where it is the best so far."""
+    progress["history"].append(point)
+    # First the model learns how popular items are, and validation stands still. Patience starts
+    # when it knows more than that.
+    if progress["beat_popularity_at"] is None and point["bce"] < CLEARLY_BELOW * popularity:
+        progress["beat_popularity_at"] = point["epoch"]
+    # The epoch is chosen on validation; test is not looked at here.
+    if progress["best"] is None or value > progress["best"]["value"]:
+        weights = {name: x.clone() for name, x in model.state_dict().items()}
+        progress["best"] = {"value": value, "weights": weights, **point}
 
 
 def choose_cima_items(model, args):
