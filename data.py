@@ -37,9 +37,9 @@ def split(users, seed=0, valid=0.1):
     """The part of each interaction, int8 [n]: TRAIN, VALID or TEST.
 
     users: int [n], the user of each interaction. Of a user's n_u interactions floor(0.8 n_u), at
-    least one, go to train, at random, and the remainder to test (Section 4.1.1). Of all that is
-    left the fraction `valid`, drawn uniformly, goes to validation, but each user keeps one
-    interaction to train on.
+    least one, go to train, at random, and the remainder to test (Section 4.1.1). Of the training
+    interactions the fraction `valid`, drawn uniformly, goes to validation, but each user keeps
+    one to train on.
     """
     rng = np.random.default_rng(seed)
     count = np.bincount(users)  # n_u

@@ -326,7 +326,8 @@ def write_per_user(path, place, dataset, parts):
 
     user_ids [n_tested], train int [n_tested] (how many training interactions the user has),
     recall@20 and so on float [n_tested]; and for each test interaction user (a row of user_ids),
-    item_ids, item_train (training interactions of the item), rank (1 is best, 0 below 60).
+    item_ids, item_train (training interactions of the item), rank (1 is best, 0: not among the
+    first 60).
     """
     test = parts.test.sorted_indices().tocoo()
     tested, of_user = np.unique(test.row, return_inverse=True)

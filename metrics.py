@@ -68,10 +68,10 @@ def means(place, truth, ks):
 
 
 def find(user, item, seen, truth, top):
-    """Where each entry of truth is ranked for its user: int64 [nnz], 1 is best, 0 below `top`.
+    """Where each entry of truth is ranked for its user: int64 [nnz], 1 is best.
 
-    In the order of truth's entries, row by row and by column. Several processes rank a share of
-    the users each and get the same.
+    0: not among the first `top`. In the order of truth's entries, row by row and by column.
+    Several processes rank a share of the users each and get the same.
     """
     n_items, device = truth.shape[1], user.device
     users = np.flatnonzero(np.diff(truth.indptr))

@@ -29,6 +29,7 @@ import platform
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import run  # before the libraries: from here on Ctrl-C ends in one line
 
@@ -93,7 +94,7 @@ def pool_reviews(review, users, n_users, in_train, chunk=32_768):
     total = np.zeros((n_users, review.shape[1]), np.float32)
     count = np.zeros(n_users, np.float32)
     train_rows = np.flatnonzero(in_train)
-    # In chunks: the reviews may be a file on disk that is larger than memory.
+    # In chunks: encoded reviews are a file on disk, which may be larger than memory.
     for start in range(0, len(train_rows), chunk):
         rows = train_rows[start:start + chunk]
         block = np.asarray(review[rows], np.float32)                                  # [c, d_m]
@@ -279,18 +280,19 @@ class MMCPR(nn.Module):
     """Both towers, and the bias of the score, which is trained but not written to emb.npz.
 
     R: CSR [n_users, n_items]; features: {"R": [n_users, d_m], "T", "V": [n_items, d_m]}, any
-    subset; bias: "global", one number, or "none", as in Eq. 15; known_items: int64, those that
-    Eq. 15 scores, None: all. `objective` below is what is computed in a step.
+    subset; use_graphs: whether there is modality G; bias: "global", one number, or "none", as in
+    Eq. 15; known_items: int64, those that Eq. 15 scores, None: all. `objective` below is what is
+    computed in a step.
     """
 
-    def __init__(self, R, features, modalities="RTVG", dim=64, n_layers=2, bias="global",
+    def __init__(self, R, features, use_graphs=True, dim=64, n_layers=2, bias="global",
                  device="cpu", known_items=None):
         super().__init__()
         n_users, n_items = R.shape
         self.known_items = ALL if known_items is None else torch.from_numpy(known_items).to(device)
         # Both graphs come from the training interactions alone.
         user_graph = item_graph = None
-        if "G" in modalities:
+        if use_graphs:
             user_graph = ops.CoInteractionGraph(R, device)
             item_graph = ops.CoInteractionGraph(R.T.tocsr(), device)
         user_features = {m: features[m] for m in "R" if m in features}
@@ -334,35 +336,59 @@ def objective(model, R, users, cima_items, positives_per_block, lam=0.2, tau=0.1
 
         loss = lam L1 / positives_per_block + (1 - lam) L2 / positives_per_block
 
-    Returns (L1 / N, L2 / positives_per_block, loss), scalars. With lam 0 or 1 the other term is
-    0 and not computed.
+    Returns (L1 / N, L2 / positives_per_block, loss), scalars; of several processes each has its
+    share. With lam 0 or 1 the other term is 0 and not computed.
     """
     # A block of users is scored against all items, and CIMA needs some of them too.
     item, _, projected = model.item_tower(ALL)                 # [n_items, d], [n_items, M, d]
-    l1 = l2 = torch.zeros((), device=item.device)
+    l1_per_item = l2_per_positive = torch.zeros((), device=item.device)
     if lam > 0 and len(cima_items) > 1:
         aligned = projected[cima_items]                                              # [N, M, d]
         text, image = aligned[:, 0], aligned[:, 1]
         # Every process computes all of it, so each counts for a share of the sum.
-        l1 = cima(text, image, tau, reading) / run.n_processes()
+        l1_per_item = cima(text, image, tau, reading) / run.n_processes()
     if lam < 1:
         users = users[run.my_share()]
         user, _, _ = model.user_tower(users)                                            # [B, d]
         item = item[model.known_items]
         bias = model.bias.expand(len(item))
         rows, cols = ops.row_entries(R, users)
-        l2 = ops.bce(user, item, bias, rows, cols) / positives_per_block                # (Eq. 15)
-    loss = lam * l1 * len(cima_items) / positives_per_block + (1 - lam) * l2
-    return l1, l2, loss
+        l2 = ops.bce(user, item, bias, rows, cols)                                      # (Eq. 15)
+        l2_per_positive = l2 / positives_per_block
+    cima_term = lam * l1_per_item * len(cima_items) / positives_per_block
+    loss = cima_term + (1 - lam) * l2_per_positive                                      # (Eq. 16)
+    return l1_per_item, l2_per_positive, loss
 
 
 # --- Pre-training -------------------------------------------------------------------------
 
-def train_epoch(model, optimizer, R, cima_items, args):
-    """One pass over the users, in blocks: (L1 per item, L2 per positive), floats.
+class Training(NamedTuple):
+    """What pre-training works on; all tensors are on the model's device."""
+    model: MMCPR
+    optimizer: torch.optim.Optimizer
+    R: torch.Tensor              # CSR [n_users, n_known_items]: the training interactions
+    cima_items: torch.Tensor     # int64 [N]: what CIMA trains on
+    heldout_items: torch.Tensor  # int64: with lam 1 its held-out items choose the epoch
 
-    R: CSR tensor [n_users, n_items] on the model's device, where all is drawn too.
-    """
+
+def start_training(parts, features, args, device):
+    torch.manual_seed(args.seed)
+    train, known_items = parts.train, parts.known_items()
+    R = ops.sparse_tensor(train if known_items is None else train[:, known_items], device)
+    model = MMCPR(train, features, "G" in args.modalities, args.dim, args.layers, args.bias,
+                  device, known_items)
+    print_graphs(model)
+    cima_items, heldout_items = choose_cima_items(model, args)
+    # The loss is per positive. So a Gaussian prior of precision c on every entry, beside the sum of
+    # Eq. 15, is a decay of c / nnz; and it shrinks with the weight of that sum, 1 - lam.
+    decay = args.weight_decay * (1 - args.lam) / train.nnz
+    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, weight_decay=decay, fused=True)
+    return Training(model, optimizer, R, cima_items, heldout_items)
+
+
+def train_epoch(training, args):
+    """One pass over the users, in blocks: (L1 per item, L2 per positive), floats."""
+    model, optimizer, R, cima_items, _ = training
     n_users, device = R.shape[0], R.device
     batch = min(args.batch, n_users)
     positives_per_block = batch * len(R.col_indices()) / n_users
@@ -378,9 +404,10 @@ def train_epoch(model, optimizer, R, cima_items, args):
         run.sum_gradients(model)
         optimizer.step()
         loss_sums += run.all_sum(torch.stack([l1, l2]).detach())
-    # L1 was a mean in each step. L2 was divided by the positives of a whole block, which the
-    # last one may not be: its sum is what counts.
-    return loss_sums[0].item() / len(blocks), loss_sums[1].item() * batch / n_users
+    l1_per_item = loss_sums[0].item() / len(blocks)
+    # Back to the sum over all blocks: the last one may have fewer positives than the others.
+    l2_per_positive = loss_sums[1].item() * positives_per_block / len(R.col_indices())
+    return l1_per_item, l2_per_positive
 
 
 def pretrain(parts, features, args, device="cpu", checkpoint=None):
@@ -389,22 +416,12 @@ def pretrain(parts, features, args, device="cpu", checkpoint=None):
     The epoch is chosen by Recall@20 on validation; with args.lam 1, where users stay as they
     were drawn, by the CIMA loss of held-out items; without validation it is the last one.
     """
-    torch.manual_seed(args.seed)
     started = time.time()
     checkpoint = checkpoint or run.Checkpoint()
-    train, known_items = parts.train, parts.known_items()
-    R = ops.sparse_tensor(train if known_items is None else train[:, known_items], device)
-    model = MMCPR(train, features, args.modalities, args.dim, args.layers, args.bias, device,
-                  known_items)
-    print_graphs(model)
-    cima_items, heldout_items = choose_cima_items(model, args)
-    # The loss is per positive. So a Gaussian prior of precision c on every entry, beside the sum of
-    # Eq. 15, is a decay of c / nnz; and it shrinks with the weight of that sum, 1 - lam.
-    decay = args.weight_decay * (1 - args.lam) / train.nnz
-    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, weight_decay=decay, fused=True)
-    popularity = popularity_loss(train)
+    training = start_training(parts, features, args, device)
+    model, popularity = training.model, popularity_loss(parts.train)
 
-    progress = checkpoint.restore(model, optimizer) or {
+    progress = checkpoint.restore(model, training.optimizer) or {
         "epoch": 0, "history": [], "best": None, "beat_popularity_at": None, "seconds": 0.0}
     started -= progress["seconds"]  # of the run that was interrupted
     interrupted = False
@@ -415,17 +432,17 @@ def pretrain(parts, features, args, device="cpu", checkpoint=None):
         for epoch in bar:
             if out_of_patience(progress, args.patience):
                 break
-            l1, l2 = train_epoch(model, optimizer, R, cima_items, args)
+            l1, l2 = train_epoch(training, args)
             if not np.isfinite(l1 + l2):
                 raise run.InputError(f"the loss is not finite at epoch {epoch}; "
                                      f"lower --lr (now {args.lr})")
             if epoch % args.eval_every == 0 or epoch == args.epochs:
-                value, measured = validate(model, parts, heldout_items, epoch, args)
+                value, measured = validate(training, parts, epoch, args)
                 point = {"epoch": epoch, "cima": l1, "bce": l2, **measured}
                 record(progress, point, value, model, popularity)
                 bar.set_postfix({k: f"{v:.4f}" for k, v in point.items() if k != "epoch"})
             progress["epoch"], progress["seconds"] = epoch, time.time() - started
-            checkpoint.update(model, optimizer, progress)
+            checkpoint.update(model, training.optimizer, progress)
     except KeyboardInterrupt:
         checkpoint.write()
         if progress["best"] is None:
@@ -440,18 +457,9 @@ def pretrain(parts, features, args, device="cpu", checkpoint=None):
     if not torch.isfinite(user.square().sum() + item.square().sum()):
         raise run.InputError(f"the tables are not finite at epoch {best['epoch']}; "
                              f"lower --lr (now {args.lr})")
-    recall = best.get("recall@20")
-    if recall is None and parts.valid.nnz:  # not ranked yet where CIMA alone chose the epoch
-        recall = validation_recall(user, item, parts)
-    pairs = heldout_items if len(heldout_items) else cima_items
-    report = {
-        "epoch": best["epoch"], "epochs_run": progress["epoch"], "interrupted": interrupted,
-        "seconds": round(time.time() - started, 1),
-        "losses": {"cima": best["cima"], "bce": best["bce"]}, "modalities": model.state(),
-        "alignment": alignment(model, pairs) | {"held_out": len(heldout_items) > 0},
-        "popularity_loss": popularity, "valid": {"recall@20": recall},
-        "rms": {"user": rms(user), "item": rms(item), "all": rms(torch.cat([user, item]))},
-        "history": progress["history"]}
+    report = make_report(training, parts, user, item, progress)
+    report |= {"popularity_loss": popularity, "interrupted": interrupted,
+               "seconds": round(time.time() - started, 1)}
     return user.cpu().numpy(), item.cpu().numpy(), report
 
 
@@ -466,6 +474,23 @@ def record(progress, point, value, model, popularity):
     if progress["best"] is None or value > progress["best"]["value"]:
         weights = {name: x.clone() for name, x in model.state_dict().items()}
         progress["best"] = {"value": value, "weights": weights, **point}
+
+
+def make_report(training, parts, user, item, progress):
+    """What is printed at the end and kept in emb.npz: of the best epoch, and its tables."""
+    best, model = progress["best"], training.model
+    recall = best.get("recall@20")
+    if recall is None and parts.valid.nnz:  # not ranked yet where CIMA alone chose the epoch
+        recall = validation_recall(user, item, parts)
+    is_held_out = len(training.heldout_items) > 0
+    pairs = training.heldout_items if is_held_out else training.cima_items
+    return {
+        "epoch": best["epoch"], "epochs_run": progress["epoch"],
+        "losses": {"cima": best["cima"], "bce": best["bce"]}, "modalities": model.state(),
+        "alignment": alignment(model, pairs) | {"held_out": is_held_out},
+        "valid": {"recall@20": recall},
+        "rms": {"user": rms(user), "item": rms(item), "all": rms(torch.cat([user, item]))},
+        "history": progress["history"]}
 
 
 def choose_cima_items(model, args):
@@ -483,11 +508,12 @@ def choose_cima_items(model, args):
     return items[n_heldout:], items[:n_heldout]
 
 
-def validate(model, parts, heldout_items, epoch, args):
+def validate(training, parts, epoch, args):
     """(the value whose largest chooses the epoch, what to report of it)."""
+    model = training.model
     if args.lam == 1:
         with torch.no_grad():
-            _, _, projected = model.item_tower(heldout_items)
+            _, _, projected = model.item_tower(training.heldout_items)
             loss = cima(projected[:, 0], projected[:, 1], args.tau, args.cima).item()
         return -loss, {"held_out_cima": loss}
     if parts.valid.nnz:
@@ -528,8 +554,8 @@ def rms(x):
 
 
 @torch.no_grad()
-def alignment(model, items, k=10, chunk=1024):
-    """How well a text finds its image among `items`: R@k, mean cosine of true and false pairs."""
+def alignment(model, items, chunk=1024):
+    """How well a text finds its image among `items`: R@10, mean cosine of true and false pairs."""
     n = len(items)
     if n < 2:
         return {}
@@ -542,11 +568,11 @@ def alignment(model, items, k=10, chunk=1024):
         true_score = s.diagonal(start)[:, None]
         # Ties count against a pair: where all vectors are one, nothing is found.
         ranks.append((s >= true_score).sum(1) - 1)
-    found = (torch.cat(ranks) < k).double().mean().item()
+    found = (torch.cat(ranks) < 10).double().mean().item()
     # sum_pq text_p . image_q = (sum_p text_p) . (sum_q image_q)
     all_pairs = text.double().sum(0) @ image.double().sum(0)
     cosine_false = (all_pairs - cosine_true.double().sum()) / (n * (n - 1))
-    return {f"text_to_image_recall@{k}": found, "cosine_true": cosine_true.mean().item(),
+    return {"text_to_image_recall@10": found, "cosine_true": cosine_true.mean().item(),
             "cosine_false": cosine_false.item(), "pairs": n}
 
 
@@ -579,6 +605,8 @@ def print_report(report):
     pairs = report["alignment"]
     if "pairs" in pairs:
         kind = "held-out" if pairs["held_out"] else "training"
+        if not report["losses"]["cima"]:
+            kind = "untrained"
         print(f"text to image: R@10 {pairs['text_to_image_recall@10']:.3f} among "
               f"{pairs['pairs']:,} {kind} pairs; mean cosine of true pairs "
               f"{pairs['cosine_true']:.3f}, of false pairs {pairs['cosine_false']:.3f}")

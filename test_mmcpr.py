@@ -719,7 +719,7 @@ def test_new_items_are_nobodys_negatives():
     drawn = ops.NegativeSampler(train, items=known)(torch.arange(20), 300)
     for user in range(20):
         assert set(drawn[user].tolist()) == set(known) - set(train[[user]].indices)
-    model = mmcpr.MMCPR(train, {}, "G", 4, known_items=known)
+    model = mmcpr.MMCPR(train, {}, True, 4, known_items=known)
     R = ops.sparse_tensor(train[:, known])
     _, l2, loss = mmcpr.objective(model, R, torch.arange(20), torch.empty(0, dtype=int), 1.0, 0)
     user, item = model.embed()

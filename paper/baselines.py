@@ -257,7 +257,7 @@ class MMGCN(InteractionMethod):
         n_users, n_items = train.shape
         self.n_users, self.reg, self.views = n_users, reg, views
         # Users, then items, joined by the training interactions.
-        A = sp.block_array([[None, train], [train.T, None]], format="csr")
+        A = ops.bipartite_adjacency(train)
         degree = np.maximum(np.asarray(A.sum(1)), 1).astype(np.float32)
         self.A = ops.sparse_tensor(A)
         self.inverse_degree = 1 / torch.from_numpy(degree).view(-1, 1)         # [n, 1]
@@ -604,9 +604,9 @@ class GraphBERT(ItemMethod):
         shift = torch.randint(1, self.n_items, (len(rows),))
         far = (rows + shift) % self.n_items
         z, z_near, z_far = self.encode(torch.cat([rows, near, far])).chunk(3)
+        # Features that the item does not have count for nothing, by the mask.
         error = (self.attribute(z) - self.x[rows]).square() * self.mask[rows]
         attributes = error.sum(1).mean()
-        # Features that the item does not have count for nothing, by the mask.
         # An item that reaches fewer than k others has no pair in the other places.
         is_pair = near != rows
         # Near pairs should be as similar as they are intimate, random ones not at all.
@@ -1179,18 +1179,13 @@ def validation_recall(trial):
     return trial.report["recall@20"] or 0
 
 
-def rms(table):
-    """The root mean square of a table's entries."""
-    return table.square().mean().sqrt().item()
-
-
 def best_report(trials):
     """The report of the best trial, with what the others found."""
     # Without validation there is one trial.
     best = max(trials, key=validation_recall)
-    size = {"item": rms(best.item)}
+    size = {"item": mmcpr.rms(best.item)}
     if best.user is not None:
-        size["user"] = rms(best.user)
+        size["user"] = mmcpr.rms(best.user)
     rates = []
     for trial in trials:
         if "lr" in trial.report:

@@ -648,16 +648,16 @@ def bench_pretraining_epoch(name, train, features, device, bandwidth, rate):
     args = mmcpr.arguments().parse_args([])
     torch.manual_seed(0)
     model = mmcpr.MMCPR(train, features, device=device)
-    R = ops.sparse_tensor(train, device)
-    R_of_five = ops.sparse_tensor(train[:5 * BATCH], device)
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
-    cima_items = model.items_with_pair().to(device)
+    training = mmcpr.Training(model, optimizer, ops.sparse_tensor(train, device),
+                              model.items_with_pair().to(device), None)
+    of_five = training._replace(R=ops.sparse_tensor(train[:5 * BATCH], device))
 
     def epoch():
-        mmcpr.train_epoch(model, optimizer, R, cima_items, args)
+        mmcpr.train_epoch(training, args)
 
     def five_steps():
-        mmcpr.train_epoch(model, optimizer, R_of_five, cima_items, args)
+        mmcpr.train_epoch(of_five, args)
 
     n_steps = -(-train.shape[0] // BATCH)
     floor = pretraining_floor(model, train, bandwidth, rate)

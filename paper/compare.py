@@ -33,9 +33,9 @@ def paired_bootstrap(ours, other, n_draws=4000, seed=0):
     """Difference of two user_tables of the same runs: mean over users, then over runs.
 
     Users are drawn with replacement, a drawn one with all of its runs, and the same for both
-    systems. To the draws comes what the runs' means differ by beyond what their users explain, as
-    a normal number: three runs are too few to be drawn from. With one run that part is not known,
-    and left out. p: twice the share of draws of the other sign.
+    systems. Each draw gets normal noise, of what the runs' means vary beyond what their users
+    explain: three runs are too few to be drawn from. With one run that part is not known, and left
+    out. p: twice the share of draws of the other sign.
     """
     gap = ours - other                                                       # [n_runs, n_users]
     gap = gap[:, ~np.isnan(gap).all(0)]
@@ -62,7 +62,7 @@ def paired_bootstrap(ours, other, n_draws=4000, seed=0):
 
 
 def run_variance(gap, is_tested):
-    """The variance of runs' means beyond that of their users (one-way analysis of variance).
+    """The variance of runs' means beyond that of their users (two-way analysis of variance).
 
     gap [n_runs, n_users], 0 where not tested. A user's gaps differ from run to run, which makes
     the runs' means differ even if no run is better than another: that much is taken off.
@@ -84,6 +84,12 @@ USER_BINS = (0, 3, 6, 11, 21, np.inf)     # by a user's training interactions
 ITEM_BINS = (0, 1, 5, 20, 100, np.inf)    # by an item's
 
 
+class Bins(NamedTuple):
+    names: list         # as "3-5"
+    means: np.ndarray   # float [n_bins], NaN where there is nothing
+    counts: np.ndarray  # int [n_bins]
+
+
 def bin_names(edges):
     """As ("0-2", ..., "21+")."""
     names = []
@@ -96,24 +102,22 @@ def bin_names(edges):
 
 
 def by_user(runs, metric="recall@20", edges=USER_BINS):
-    """(means, counts), float [n_bins] each: the metric by a user's training interactions.
-
-    The users of all runs are counted together; a mean is NaN where the bin is empty.
-    """
+    """Bins of the metric by a user's training interactions; the users of all runs together."""
     degree = np.concatenate([of_run["train"] for of_run in runs])
     value = np.concatenate([of_run[metric] for of_run in runs])
-    return means_in_bins(degree, value, edges)
+    return in_bins(degree, value, edges)
 
 
 def by_item(runs, k=20, edges=ITEM_BINS):
     """The same of the share of test interactions ranked among the first k, by the item's."""
     degree = np.concatenate([of_run["item_train"] for of_run in runs])
     place = np.concatenate([of_run["rank"] for of_run in runs])
-    return means_in_bins(degree, (place > 0) & (place <= k), edges)
+    return in_bins(degree, (place > 0) & (place <= k), edges)
 
 
-def means_in_bins(degree, value, edges):
+def in_bins(degree, value, edges):
     which = np.digitize(degree, edges) - 1
     counts = np.bincount(which, minlength=len(edges) - 1)
     sums = np.bincount(which, weights=value, minlength=len(edges) - 1)
-    return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan), counts
+    means = np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
+    return Bins(bin_names(edges), means, counts)

@@ -6,7 +6,8 @@
     python -m paper.epochs --figure epochs.png mmcpr.json random.json
 
 The paper names a thousand epochs, and no validation. Here no epoch is chosen: every --eval-every
-epochs the test is ranked, and all of it is written. The options are those of finetune.py.
+epochs the test is ranked, and all of it is written. The options are finetune.py's that say how to
+train, with one seed.
 """
 import json
 import sys
@@ -90,6 +91,8 @@ def main(argv=None):
     parser.add_argument("curves", nargs="*", metavar="JSON", help="of earlier --metrics")
     args = parser.parse_args(argv)
     if args.figure:
+        if not args.curves:
+            raise run.InputError("--figure draws the files that follow it; name some")
         run.check_outputs([args.figure], args.curves)
         draw(args.figure, args.curves)
         return

@@ -33,12 +33,13 @@ def run_starts(sweep, wanted, title, splits):
     splits: {name of a split: flags of the data}. Returns {name of a split: its rows}. All that
     can run side by side does: first the choice, then the rows.
     """
+    # Both calls of cells.run only see to it that all is there; what follows them reads it.
     trials = []
     for data_flags in splits.values():
         for command in wanted.values():
             trials += scale_cells(sweep, command, data_flags)
     sweep.cells.run(trials, f"{title}: scale")
-    rows_of, chosen, cells = {}, {}, []
+    chosen, cells = {}, []
     for split, data_flags in splits.items():
         chosen[split] = {}
         for name, command in wanted.items():
@@ -47,6 +48,7 @@ def run_starts(sweep, wanted, title, splits):
             for seed in sweep.seeds:
                 cells.append(sweep.cell(command, scale, seed, data_flags))
     sweep.cells.run(cells, title)
+    rows_of = {}
     for split, data_flags in splits.items():
         rows_of[split] = sweep.run_rows(chosen[split], title, data_flags)
     return rows_of
@@ -56,7 +58,7 @@ def regimes(sweep):
     """Recall and NDCG against the share of training interactions that is kept."""
     splits = {}
     for kept in sweep.shares:
-        # All of it: the cells of Table 2.
+        # All of it: no flag, so that these are the cells of the other targets.
         splits[kept] = () if float(kept) == 1 else ("--keep", kept)
     rows_at = run_starts(sweep, starts(sweep), "the map", splits)
     lines = [title_of(sweep, "The map"), ""]
@@ -95,32 +97,28 @@ def regime_lines(sweep, kept, rows):
 def who_lines(sweep, kept, rows):
     """Lines of Markdown of one share: who gains, by how much is known of a user, of an item."""
     return [*bin_lines(sweep, rows, f"Share {kept}, Recall@20 by a user's training interactions",
-                       compare.by_user, compare.USER_BINS),
+                       compare.by_user),
             *bin_lines(sweep, rows, f"Share {kept}, test interactions ranked among the first 20, "
-                       "by the item's training interactions",
-                       compare.by_item, compare.ITEM_BINS)]
+                       "by the item's training interactions", compare.by_item)]
 
 
-def in_bins(sweep, rows, means_of):
-    """({name: float [n_bins]}, counts [n_bins]) of the controls and MMCPR.
-
-    means_of: compare.by_user or by_item. The counts are the same for all rows.
-    """
-    values, counts = {}, []
+def in_bins(sweep, rows, bins_of):
+    """{name: Bins} of the controls and MMCPR; bins_of: compare.by_user or by_item."""
+    found = {}
     for name in (*CONTROLS, "MMCPR"):
         if name in rows:
-            of_runs = [sweep.cells.per_user(cell) for cell in rows[name].cells]
-            values[name], counts = means_of(of_runs)
-    return values, counts
+            found[name] = bins_of([sweep.cells.per_user(cell) for cell in rows[name].cells])
+    return found
 
 
-def bin_lines(sweep, rows, title, means_of, edges):
-    names = compare.bin_names(edges)
+def bin_lines(sweep, rows, title, bins_of):
+    found = in_bins(sweep, rows, bins_of)
+    # Names and counts are the same for all rows.
+    names, _, counts = found["Random"]
     lines = [f"### {title}", "", "| | " + " | ".join(names) + " |",
              "|---" * (1 + len(names)) + "|"]
-    values, counts = in_bins(sweep, rows, means_of)
-    for name, means in values.items():
-        texts = ["" if np.isnan(mean) else f"{mean:.4f}" for mean in means]
+    for name, bins in found.items():
+        texts = ["" if np.isnan(mean) else f"{mean:.4f}" for mean in bins.means]
         lines.append(f"| {name} | " + " | ".join(texts) + " |")
     lines.append("| how many, all seeds | " + " | ".join(f"{n:,}" for n in counts) + " |")
     return [*lines, ""]
@@ -129,15 +127,14 @@ def bin_lines(sweep, rows, title, means_of, edges):
 def plot_who(sweep, rows_at):
     """Who gains: by user and by item with all that is kept, by item with the least."""
     most, least = max(rows_at, key=float), min(rows_at, key=float)
-    wanted = {f"Recall@20 by user, share {most}": (most, compare.by_user, compare.USER_BINS),
-              f"hits@20 by item, share {most}": (most, compare.by_item, compare.ITEM_BINS),
-              f"hits@20 by item, share {least}": (least, compare.by_item, compare.ITEM_BINS)}
+    wanted = {f"Recall@20 by user, share {most}": (most, compare.by_user),
+              f"hits@20 by item, share {most}": (most, compare.by_item),
+              f"hits@20 by item, share {least}": (least, compare.by_item)}
     panels = {}
-    for title, (kept, means_of, edges) in wanted.items():
-        values, _ = in_bins(sweep, rows_at[kept], means_of)
+    for title, (kept, bins_of) in wanted.items():
         curves = {}
-        for name, means in values.items():
-            curves[name] = (compare.bin_names(edges), [[mean] for mean in means])
+        for name, bins in in_bins(sweep, rows_at[kept], bins_of).items():
+            curves[name] = (bins.names, [[mean] for mean in bins.means])
         panels[title] = curves
     plot(sweep.folder / "who.png", panels, draw_lines, "training interactions")
 

@@ -288,7 +288,7 @@ def plot_subsets(path, rows):
     panels = {}
     for metric in ("recall@20", "ndcg@20"):
         values = [test_values(row, metric) for row in rows.values()]
-        panels[metric] = {"MMCPR": (list(rows), values)}
+        panels[metric] = {"all rows": (list(rows), values)}
     plot(path, panels, draw_bars)
 
 
@@ -331,7 +331,7 @@ def fig4(sweep):
     for reading in ("softmax", "bce"):
         for lam in ("0", "0.2", "0.4", "0.6", "0.8", "1"):
             # Without CIMA its reading does not matter: both curves start from the same cell.
-            # The default is not spelt out, so that it is the cells of Table 2.
+            # The default is not spelt out: a .csv names it as Table 2's does.
             flags = () if lam == "0.2" else ("--lam", lam)
             if reading == "bce" and lam != "0":
                 flags += ("--cima", "bce")

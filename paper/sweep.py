@@ -12,7 +12,7 @@ import run  # before the libraries: from here on Ctrl-C ends in one line
 
 import numpy as np
 
-from paper import compare
+from paper import baselines, compare
 from paper.cells import Cell, Cells
 
 SYSTEMS = {"Most popular": "popular", "Random": "random", "Constant": "constant",
@@ -30,8 +30,8 @@ SCALES = {"asis": AS_IS, "xavier": XAVIER}
 NOT_TUNED = ("--layers", "0", "--epochs", "0")
 
 METRICS = ("recall@20", "recall@40", "recall@60", "ndcg@20", "ndcg@40", "ndcg@60")
-P_VALUE = ("±: standard error of the difference, in percent of the other's mean. p: paired "
-           "bootstrap over users and seeds, uncorrected.")
+P_VALUE = ("± after a metric: standard deviation over seeds; after a gain: its standard error. p: "
+           "paired bootstrap over users and seeds, uncorrected.")
 
 
 # --- Rows of cells ------------------------------------------------------------------------
@@ -52,9 +52,9 @@ class Sweep:
     rates: tuple            # learning rates to choose from, as they were typed
     patience: int | None    # of mmcpr.py, in epochs; None: its own
     settings: str           # what of data and features is not the default, for the titles
-    dataset: object         # as data.open_data returns it
+    dataset: object         # of data.open_data
     split_seed: int         # of the first seed's split
-    new_splits: bool        # whether the other seeds have other ones
+    new_splits: bool        # whether the other seeds have other ones: --sample would draw anew
     letters: str            # the modalities that the data has, of RTVG
     shares: list            # of the training interactions, of `regimes`
     scales: list            # flags of finetune.py to choose from, for tables that were learned
@@ -66,7 +66,10 @@ class Sweep:
         return {"T", "V"} <= set(self.letters)
 
     def cell(self, pretraining, finetuning, seed, data_flags=()):
-        """A cell. Where the split is ours every seed has a split of its own."""
+        """A cell. Every seed has a split of its own, where any of it is drawn by us.
+
+        Of published splits that is what --keep and --new-items leave out.
+        """
         if self.new_splits and (self.dataset.labels is None or data_flags):
             data_flags = ("--split-seed", str(self.split_seed + seed), *data_flags)
         return Cell(pretraining, finetuning, seed, tuple(data_flags))
@@ -86,7 +89,7 @@ class Sweep:
         return ("mmcpr.py", *flags)
 
     def run_rows(self, wanted, title, data_flags=()):
-        """{row: (pretraining, finetuning)} -> {row: [a found cell for each seed]}.
+        """{name: (pretraining, finetuning)} -> {name: Row}.
 
         Without the rows that the data has nothing for.
         """
@@ -125,7 +128,7 @@ def scales_of(sweep, command):
 
 
 def validation_recall(found):
-    """What a found cell is chosen by; what diverged, or has nothing to do, loses to anything."""
+    """What a cell is chosen by; what diverged, or has nothing to do, loses to anything."""
     return found["finetune"]["valid"]["recall@20"] if found else -1
 
 
@@ -138,7 +141,7 @@ def choose(sweep, systems):
     grid = []
     for system in systems:
         rates = [("--lr", lr) for lr in sweep.rates]
-        if system in ("popular", "random", "constant", "clip"):
+        if system in baselines.UNTRAINED:
             rates = [()]
         for scale in scales_of(sweep, sweep.pretraining(system)):
             for rate in rates:
@@ -149,8 +152,8 @@ def choose(sweep, systems):
         cells.append(sweep.cell(command, choice.scale, sweep.seeds[0]))
     found = sweep.cells.run(cells, "learning rate and scale", may_diverge=True)
     chosen, best = {}, {}
-    for (system, choice), cell in zip(grid, found):
-        recall = validation_recall(cell)
+    for (system, choice), outcome in zip(grid, found):
+        recall = validation_recall(outcome)
         if system not in best or recall > best[system]:
             chosen[system], best[system] = choice, recall
     return chosen
@@ -163,10 +166,10 @@ def scale_cells(sweep, command, data_flags=()):
 
 
 def choose_scale(sweep, command, title, data_flags=()):
-    """AS_IS or XAVIER, by the first seed's validation Recall@20 after fine-tuning."""
+    """One of scales_of, by the first seed's validation Recall@20 after fine-tuning."""
     cells = scale_cells(sweep, command, data_flags)
     found = sweep.cells.run(cells, f"{title}: scale")
-    best = int(np.argmax([validation_recall(cell) for cell in found]))
+    best = int(np.argmax([validation_recall(outcome) for outcome in found]))
     return cells[best].finetuning
 
 
@@ -184,7 +187,7 @@ def control_rows(sweep):
 
 def test_values(row, metric):
     """float [n_seeds]: one test metric."""
-    return np.array([cell["finetune"]["test"][metric] for cell in row.found])
+    return np.array([outcome["finetune"]["test"][metric] for outcome in row.found])
 
 
 def mean_and_deviation(values):
@@ -266,7 +269,7 @@ def rms(row):
 
 
 def write_runs(path, used):
-    """<target>.csv of {Cell: what it found}: what a paired comparison needs."""
+    """<target>.csv of {Cell: what it found}: the runs behind a table."""
     header = ["pretraining", "finetuning", "data", "seed", "epoch", "valid recall@20", *METRICS]
     rows = []
     for cell, found in used.items():

@@ -912,10 +912,10 @@ def test_bins_hold_the_means_of_who_is_in_them():
     assert compare.bin_names((0, 1, 5, np.inf)) == ["0", "1-4", "5+"]
     run = {"train": np.array([1, 4, 7]), "recall@20": np.array([0.5, 0, 1]),
            "item_train": np.array([0, 0, 3, 200]), "rank": np.array([20, 21, 0, 1])}
-    means, counts = compare.by_user([run, run], edges=(0, 1, 5, np.inf))
+    _, means, counts = compare.by_user([run, run], edges=(0, 1, 5, np.inf))
     np.testing.assert_array_equal(means, [np.nan, 0.25, 1])
     assert counts.tolist() == [0, 4, 2]
-    means, counts = compare.by_item([run], edges=(0, 1, 5, np.inf))
+    _, means, counts = compare.by_item([run], edges=(0, 1, 5, np.inf))
     assert means.tolist() == [0.5, 0, 1] and counts.tolist() == [2, 1, 1]
 
 
@@ -945,7 +945,8 @@ def test_curve_starts_from_tables_of_its_own_split(shop_folder, capsys):
 
 
 @pytest.mark.parametrize("flags, words", [
-    ((), "--metrics must say where"), (("--figure", "f.png", "no.json"), "no.json: not there"),
+    ((), "--metrics must say where"), (("--figure", "f.png"), "name some"),
+    (("--figure", "f.png", "no.json"), "no.json: not there"),
     (("--metrics", "c.json", "--lr", 1e30, "--valid", 0), "not finite at epoch")])
 def test_curve_that_is_not_there(shop_folder, capsys, flags, words):
     assert call(epochs.main, "--data", "shop", "--epochs", 2, *flags) == 2
@@ -1204,7 +1205,7 @@ def test_not_trained_is_what_it_says():
     parts = data.Parts(train, sp.csr_matrix((40, 30)), None, None, "")
     user, item, _ = mmcpr.pretrain(parts, {"T": text}, args)
     torch.manual_seed(3)
-    model = mmcpr.MMCPR(train, {"T": text}, args.modalities, args.dim, args.layers, args.bias)
+    model = mmcpr.MMCPR(train, {"T": text}, True, args.dim, args.layers, args.bias)
     drawn_user, drawn_item = model.embed()
     np.testing.assert_allclose(user, drawn_user, atol=1e-7)
     np.testing.assert_allclose(item, drawn_item, atol=1e-7)
