@@ -39,7 +39,7 @@ def draw_lines(axis, curves):
 
 def plot(path, panels, draw, xlabel=""):
     """A PNG with one panel per entry of {title: {curve: (x, per x one value of each seed)}}."""
-    figure, axes = open_figure(len(panels), 5)
+    figure, axes = open_figure(len(panels), 5, len(panels))
     for axis, (title, curves) in zip(axes, panels.items()):
         draw(axis, curves)
         axis.set(title=title, xlabel=xlabel)
@@ -50,14 +50,18 @@ def plot(path, panels, draw, xlabel=""):
     save_figure(path, figure)
 
 
-def open_figure(n_panels, width):
-    """(figure, its panels side by side), each `width` inches wide."""
+def open_figure(n_panels, width, n_columns):
+    """(figure, its panels), each `width` inches wide, as many side by side."""
     # Imported here: it takes a second, and most calls plot nothing.
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    figure, axes = pyplot.subplots(1, n_panels, figsize=(width * n_panels, 3.6), squeeze=False)
-    return figure, axes[0]
+    n_rows = -(-n_panels // n_columns)
+    figure, axes = pyplot.subplots(n_rows, n_columns, figsize=(width * n_columns, 3.6 * n_rows),
+                                   squeeze=False)
+    for unused in axes.flat[n_panels:]:
+        unused.set_axis_off()
+    return figure, axes.flat[:n_panels]
 
 
 def save_figure(path, figure):

@@ -67,7 +67,7 @@ def chosen_values(by_scale):
 
 def draw(path, curves_of):
     """A panel for each of {data: its curves}, into a PNG."""
-    figure, axes = open_figure(len(curves_of), 3.6)
+    figure, axes = open_figure(len(curves_of), 4, min(3, len(curves_of)))
     for axis, (name, curves) in zip(axes, curves_of.items()):
         for start, (label, color, line) in STYLES.items():
             if start in curves:
@@ -77,14 +77,14 @@ def draw(path, curves_of):
                               **error_bars)
         axis.set(title=name, xlabel="share of the training interactions")
         axis.grid(alpha=0.3)
-    axes[0].set_ylabel("test Recall@20 after fine-tuning")
+    figure.supylabel("test Recall@20 after fine-tuning")
     # A data set may lack a start.
     handles = {}
     for axis in axes:
         handles |= dict(zip(*reversed(axis.get_legend_handles_labels())))
-    figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=len(handles),
-                  frameon=False)
-    figure.tight_layout(rect=(0, 0.07, 1, 1))
+    figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=4, frameon=False)
+    # Two lines of legend, of a figure that is 3.6 inches high for each row of panels.
+    figure.tight_layout(rect=(0, 0.45 / figure.get_figheight(), 1, 1))
     save_figure(path, figure)
 
 
