@@ -606,8 +606,7 @@ def data_flags(data_options):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description="Prepare a data set: download, features, counts.", formatter_class=run.Help)
+    parser = run.parser("Prepare a data set: download, features, counts.")
     add_data_arguments(parser)
     add_feature_arguments(parser)
     parser.add_argument("--device", type=run.device_name, default="auto", help="CLIP's")

@@ -446,9 +446,8 @@ def scale(text):
 
 
 def arguments():
-    parser = argparse.ArgumentParser(
-        description="Train LightGCN with MixGCF from any initialiser; print the test metrics.",
-        formatter_class=run.Help)
+    parser = run.parser(
+        "Train LightGCN with MixGCF from any initialiser; print the test metrics.")
     add = parser.add_argument
     add("--init", default="random", help="random, or an emb.npz")
     add("--scale", type=scale, help="RMS of the initial tables: asis, xavier, or a number")

@@ -499,7 +499,7 @@ def choose_cima_items(model, args):
     items = model.items_with_pair().to(device)
     # Shuffled, so that the held-out tenth is a random one.
     items = items[torch.randperm(len(items)).to(device)]
-    if args.lam > 0 and len(items) < 2:
+    if args.lam > 0 and len(items) < 2 and {"T", "V"} <= set(args.modalities):
         print("no two items have both text and image: CIMA is left out")
     n_heldout = len(items) // 10 if args.lam == 1 else 0
     if args.lam == 1 and n_heldout < 2:
@@ -645,9 +645,7 @@ def modalities(text):
 
 
 def arguments():
-    parser = argparse.ArgumentParser(
-        description="Pre-train MMCPR and write the embeddings to hand over.",
-        formatter_class=run.Help)
+    parser = run.parser("Pre-train MMCPR and write the embeddings to hand over.")
     add = parser.add_argument
     add("--out", default="emb.npz", help="where the embeddings go")
     add("--modalities", type=modalities, default="RTVG",

@@ -313,7 +313,13 @@ def remove_leftovers(path, age=3600):
                 temporary.unlink()
 
 
-# --- Argument types -----------------------------------------------------------------------
+# --- Arguments ----------------------------------------------------------------------------
+
+def parser(description, prog=None):
+    """An ArgumentParser that takes no shortened flags: --k would be --keep."""
+    return argparse.ArgumentParser(prog=prog, description=description, formatter_class=Help,
+                                   allow_abbrev=False)
+
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
     """--help with each flag's default, unless its text names it already or there is none."""

@@ -773,8 +773,16 @@ def test_same_seed_same_bytes(trained):
     assert summary["std"]["ndcg@40"] == pytest.approx(np.std(values, ddof=1))
 
 
+@pytest.mark.parametrize("main, flags", [(mmcpr.main, ("--k", 5)), (finetune.main, ("--epoch", 1))])
+def test_shortened_flags_are_no_flags(trained, capsys, main, flags):
+    """--k would be --keep, where --k 5 means something else to who types it."""
+    with pytest.raises(SystemExit) as stopped:
+        main([*map(str, flags), "--data", "shop"])
+    assert stopped.value.code == 2 and "unrecognized arguments" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("subset", ["R", "T", "V", "G", "TV", "RG", "RTVG", ""])
-def test_any_subset_of_modalities(trained, subset):
+def test_any_subset_of_modalities(trained, capsys, subset):
     """Figure 3: every subset trains; a side that is left with nothing has rows of its own."""
     assert call(mmcpr.main, "--data", "shop", *QUICK, "--modalities", subset or "none",
                 "--out", "e.npz") == 0
@@ -783,6 +791,8 @@ def test_any_subset_of_modalities(trained, subset):
     assert set(modalities["user"]) == set(subset) & set("RG")
     assert set(modalities["item"]) == set(subset) & set("TVG")
     assert np.isfinite(arrays["user"]).all()
+    # The shop has pairs for CIMA: who leaves a modality out knows.
+    assert "CIMA is left out" not in capsys.readouterr().out
 
 
 def test_shuffled_contents_are_the_same_rows_elsewhere(trained):

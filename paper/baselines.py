@@ -26,7 +26,6 @@ One trainer serves them all. Validation Recall@20 chooses the epoch, and the lea
 several are given. Methods see the training interactions and the items' features; GCN-P also sees
 the users' features. An item without a modality has a row of zeros there.
 """
-import argparse
 import sys
 import time
 from pathlib import Path
@@ -1236,9 +1235,8 @@ def try_rates(args, parts, features, save):
 
 
 def arguments():
-    parser = argparse.ArgumentParser(
-        prog="python -m paper.baselines", formatter_class=run.Help,
-        description="Pre-train one of the systems of the paper's Table 2.")
+    parser = run.parser("Pre-train one of the systems of the paper's Table 2.",
+                        "python -m paper.baselines")
     parser.add_argument("--method", choices=METHODS, required=True)
     parser.add_argument("--out", default="emb.npz", help="where the embeddings go")
     parser.add_argument("--modalities", choices=("TV", "T", "V"), default="TV",

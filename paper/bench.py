@@ -741,9 +741,8 @@ def bench(name, device, bandwidth):
 
 
 def arguments():
-    parser = argparse.ArgumentParser(
-        prog="python -m paper.bench", formatter_class=run.Help,
-        description="Fast paths against plain definitions, side by side.")
+    parser = run.parser("Fast paths against plain definitions, side by side.",
+                        "python -m paper.bench")
     parser.add_argument("--data", nargs="+", default=["demo", "vg", "tg"],
                         help="demo, vg, tg (generated), or folders")
     parser.add_argument("--device", type=run.device_name, default="cpu")

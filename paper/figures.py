@@ -19,7 +19,8 @@ def draw_bars(axis, curves):
         axis.bar(names, means, **error_bars)
         # Bars that start at 0 would all look the same.
         axis.set_ylim(0.9 * min(means))  # as the paper cuts its bars
-        axis.tick_params("x", rotation=60)
+        for label in axis.get_xticklabels():
+            label.set(rotation=60, ha="right")
 
 
 def draw_points(axis, curves):

@@ -5,7 +5,6 @@
 Reads paper/results/<data>/regimes.csv, which `paper.reproduce regimes` writes, and makes
 paper/results/map.png: test Recall@20 against the share of the training interactions that is kept.
 """
-import argparse
 import csv
 import re
 import sys
@@ -89,9 +88,8 @@ def draw(path, curves_of):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        prog="python -m paper.map", formatter_class=run.Help,
-        description="Draw the maps of several data sets side by side.")
+    parser = run.parser("Draw the maps of several data sets side by side.",
+                        "python -m paper.map")
     parser.add_argument("data", nargs="+", help="names of folders in --results")
     parser.add_argument("--results", default="paper/results", help="where they are")
     args = parser.parse_args(argv)

@@ -246,7 +246,7 @@ def fig3(sweep):
     choice = choose(sweep, ["mmcpr"])["mmcpr"]
     command = sweep.pretraining("mmcpr", *choice.rate)
     wanted = {}
-    for subset in ("T", "V", "R", "G", "TV", "TG", "VG", "RG", "TVG", "RTVG"):
+    for subset in ("T", "V", "R", "G", "TV", "RTV", "TG", "VG", "RG", "TVG", "RTVG"):
         if set(subset) == set(sweep.letters):
             wanted[subset] = (command, choice.scale)  # all that there is: the cells of Table 2
         elif set(subset) < set(sweep.letters):
@@ -387,9 +387,8 @@ def share(text):
 
 
 def arguments():
-    parser = argparse.ArgumentParser(
-        prog="python -m paper.reproduce", formatter_class=run.Help,
-        description="Make the paper's tables and figures.")
+    parser = run.parser("Make the paper's tables and figures.",
+                        "python -m paper.reproduce")
     parser.add_argument("target", choices=(*TARGETS, "all"))
     parser.add_argument("--seeds", type=run.non_negative, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rates", type=rate, nargs="+", default=GRID,
