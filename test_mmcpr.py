@@ -1391,6 +1391,25 @@ def test_two_processes_get_what_one_gets(trained, script, options, torchrun):
 
 # --- The documents ------------------------------------------------------------------------
 
+def test_links_of_the_documents_lead_somewhere():
+    """Files that are there, headings that are there."""
+    n_links = 0
+    for document in (*HERE.glob("*.md"), *HERE.glob("paper/results/*.md")):
+        for link in re.findall(r"\]\(([^)]+)\)", document.read_text(encoding="utf-8")):
+            if link.startswith("http"):
+                continue
+            file, _, anchor = link.partition("#")
+            target = document.parent / file if file else document
+            assert target.exists(), (document.name, link)
+            if anchor:
+                headings = re.findall(r"^#+ (.*)", target.read_text(encoding="utf-8"), re.M)
+                anchors = [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+                           for heading in headings]
+                assert anchor in anchors, (document.name, link)
+            n_links += 1
+    assert n_links > 20
+
+
 def test_decisions_quote_the_code():
     """Every decision's line stands in the file that DECISIONS.md names."""
     text = (HERE / "DECISIONS.md").read_text(encoding="utf-8")
