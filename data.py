@@ -346,7 +346,8 @@ def features(dataset, modalities, encoder="auto", data_dir=Path("data"), clip=CL
 def shuffled(features, seed):
     """A control: features whose items have each other's contents, interactions other's reviews.
 
-    An item's text and image stay together, so that CIMA still has its pairs.
+    An item's text and image stay together, so that CIMA still has its pairs. Reviews of held-out
+    interactions move too, to users at random: they tell nothing of who wrote them.
     """
     permuted = {}
     for modality, table in features.items():

@@ -372,6 +372,7 @@ class Training(NamedTuple):
 
 
 def start_training(parts, features, args, device):
+    """Training of a model whose parameters, and the items held out, the seed draws."""
     torch.manual_seed(args.seed)
     train, known_items = parts.train, parts.known_items()
     R = ops.sparse_tensor(train if known_items is None else train[:, known_items], device)
