@@ -158,8 +158,11 @@ def start_training(parts, init, args, seed, device):
     return Training(model, optimizer, pair_user, pair_item, sample_negatives)
 
 
-def train_epoch(training, args):
-    """One pass over the training interactions, in random order: the mean loss."""
+def train_epoch(training, epoch, args):
+    """One pass over the training interactions, in random order: the mean loss.
+
+    InputError, which names the epoch, where that is not finite.
+    """
     model, optimizer, pair_user, pair_item, sample_negatives = training
     device, share = model.E0.device, run.my_share()
     loss_sum = torch.zeros((), device=device)
@@ -178,7 +181,11 @@ def train_epoch(training, args):
         run.sum_gradients(model)
         optimizer.step()
         loss_sum += run.all_sum(loss.detach()) * len(indices)
-    return loss_sum.item() / len(pair_user)
+    mean_loss = loss_sum.item() / len(pair_user)
+    if not np.isfinite(mean_loss):
+        raise run.InputError(f"the loss is not finite at epoch {epoch}; "
+                             f"lower --lr (now {args.lr}) or --scale")
+    return mean_loss
 
 
 def finetune(parts, init, args, seed, device="cpu", checkpoint=None):
@@ -210,10 +217,7 @@ def finetune(parts, init, args, seed, device="cpu", checkpoint=None):
             # Epoch 0 is the tables as given: it is only evaluated.
             mean_loss = None
             if epoch > 0:
-                mean_loss = train_epoch(training, args)
-                if not np.isfinite(mean_loss):
-                    raise run.InputError(f"the loss is not finite at epoch {epoch}; "
-                                         f"lower --lr (now {args.lr}) or --scale")
+                mean_loss = train_epoch(training, epoch, args)
             if epoch % args.eval_every == 0 or epoch == args.epochs:
                 tables = model.embed()
                 value = epoch  # without validation the last epoch is the best
@@ -496,14 +500,21 @@ def check_resumed_outputs(args, results):
                 "it out, or leave --resume out to start anew")
 
 
-def finetune_and_save(args):
+def open_init_and_data(args):
+    """(the arrays of --init or None, dataset, parts, data options); no output is an input."""
     arrays, data_options = read_init(args)
     with run.main_process_first():
         dataset, parts, data_options = data.open_data(args, data_options, contents=False)
         run.check_outputs(outputs(args), folder=dataset.folder)
-    tables = []
     if arrays is not None:
         check_same_split(args.init, arrays, dataset, parts)
+    return arrays, dataset, parts, data_options
+
+
+def finetune_and_save(args):
+    arrays, dataset, parts, data_options = open_init_and_data(args)
+    tables = []
+    if arrays is not None:
         tables = [arrays[side] for side in ("user", "item") if side in arrays]
 
     options = data.training_options(args, "init", "resume", "checkpoint_every", "metrics", "out",

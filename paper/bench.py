@@ -625,7 +625,7 @@ def bench_finetuning_epoch(name, train, test, device, bandwidth):
     def epoch(n_pairs=train.nnz):
         training = finetune.Training(model, optimizer, pair_user[:n_pairs], pair_item[:n_pairs],
                                      steps.sample_negatives)
-        finetune.train_epoch(training, args)
+        finetune.train_epoch(training, 1, args)
 
     def ten_steps():
         epoch(10 * BATCH)

@@ -15,10 +15,8 @@ from pathlib import Path
 
 import run  # before the libraries: from here on Ctrl-C ends in one line
 
-import numpy as np
 from tqdm import tqdm
 
-import data
 import finetune
 from paper.figures import draw_lines, plot
 
@@ -34,10 +32,7 @@ def train(parts, init, args, write):
     for epoch in bar:
         # Epoch 0 is the tables as given.
         if epoch > 0:
-            loss = finetune.train_epoch(training, args)
-            if not np.isfinite(loss):
-                raise run.InputError(f"the loss is not finite at epoch {epoch}; "
-                                     f"lower --lr (now {args.lr}) or --scale")
+            loss = finetune.train_epoch(training, epoch, args)
         if epoch % args.eval_every == 0 or epoch == args.epochs:
             test, _ = finetune.rank_test(*training.model.embed(), parts)
             points.append({"epoch": epoch, "loss": loss} | test)
@@ -46,10 +41,7 @@ def train(parts, init, args, write):
 
 
 def train_and_write(args):
-    arrays, data_options = finetune.read_init(args)
-    dataset, parts, data_options = data.open_data(args, data_options, contents=False)
-    if arrays is not None:
-        finetune.check_same_split(args.init, arrays, dataset, parts)
+    arrays, _, parts, data_options = finetune.open_init_and_data(args)
 
     def write(points):
         found = {"data": data_options["data"], "init": args.init, "scale": args.scale,

@@ -944,6 +944,13 @@ def test_curve_starts_from_tables_of_its_own_split(shop_folder, capsys):
     assert "other training interactions" in capsys.readouterr().err
 
 
+def test_curve_is_not_written_over_the_data(shop_folder, capsys):
+    before = (shop_folder / "interactions.csv").read_bytes()
+    flags = ("--data", "shop", "--epochs", 1, "--metrics", "shop/interactions.csv")
+    assert call(epochs.main, *flags) == 2 and "interactions.csv" in capsys.readouterr().err
+    assert (shop_folder / "interactions.csv").read_bytes() == before
+
+
 @pytest.mark.parametrize("flags, words", [
     ((), "--metrics must say where"), (("--figure", "f.png"), "name some"),
     (("--figure", "f.png", "no.json"), "no.json: not there"),
