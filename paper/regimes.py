@@ -102,7 +102,7 @@ def who_lines(sweep, kept, rows):
                        "by the item's training interactions", compare.by_item)]
 
 
-def in_bins(sweep, rows, bins_of):
+def bins_of_rows(sweep, rows, bins_of):
     """{name: Bins} of the controls and MMCPR; bins_of: compare.by_user or by_item."""
     found = {}
     for name in (*CONTROLS, "MMCPR"):
@@ -112,7 +112,7 @@ def in_bins(sweep, rows, bins_of):
 
 
 def bin_lines(sweep, rows, title, bins_of):
-    found = in_bins(sweep, rows, bins_of)
+    found = bins_of_rows(sweep, rows, bins_of)
     # Names and counts are the same for all rows.
     names, _, counts = found["Random"]
     lines = [f"### {title}", "", "| | " + " | ".join(names) + " |",
@@ -133,7 +133,7 @@ def plot_who(sweep, rows_at):
     panels = {}
     for title, (kept, bins_of) in wanted.items():
         curves = {}
-        for name, bins in in_bins(sweep, rows_at[kept], bins_of).items():
+        for name, bins in bins_of_rows(sweep, rows_at[kept], bins_of).items():
             curves[name] = (bins.names, [[mean] for mean in bins.means])
         panels[title] = curves
     plot(sweep.folder / "who.png", panels, draw_lines, "training interactions")

@@ -88,14 +88,13 @@ def table2(sweep):
     # The paper's rate, no decay, no bias; what it leaves open as ever.
     rows |= sweep.run_rows({"MMCPR, the paper's recipe": papers_recipe(sweep)},
                            "the paper's recipe")
+    choice = chosen["mmcpr"]
     # Of the other systems only GCN-P reads reviews.
     if "R" in sweep.letters:
-        choice = chosen["mmcpr"]
         command = sweep.pretraining("mmcpr", *choice.rate, "--modalities", "TVG")
         rows |= sweep.run_rows({"MMCPR without reviews": (command, choice.scale)},
                                "without reviews")
     if sweep.letters != "G":
-        choice = chosen["mmcpr"]
         command = sweep.pretraining("mmcpr", *choice.rate, "--shuffle-contents")
         rows |= sweep.run_rows({"MMCPR, contents shuffled": (command, choice.scale)},
                                "contents shuffled")
