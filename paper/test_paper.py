@@ -1094,7 +1094,8 @@ def files_made():
 def test_all_tables_and_figures_are_made(all_targets):
     """They stand in files and on the screen; a second call runs nothing and makes the same."""
     sweep, out = all_targets
-    for name in ("table1", "table2", "table3", "fig3", "fig4", "scale", "regimes", "new-items"):
+    for name in ("table1", "table2", "table3", "fig3", "fig4", "scale", "regimes", "new-items",
+                 "recipe"):
         assert (FOLDER / f"{name}.md").read_text().strip() in out
     for name in ("fig3", "fig4", "training", "attention", "scale", "regimes", "who"):
         assert Image.open(FOLDER / f"{name}.png").size[0] > 300
@@ -1202,6 +1203,34 @@ def test_learning_rate_and_scale_are_the_validations_choice(sweep):
     # Both scales start from the same tables.
     trained = [c for c in sweep.ran_script("mmcpr.py") if not {"--lam", "none"} & set(c)]
     assert len(trained) == 2
+
+
+def test_recipes_are_compared_on_validation_by_the_better_scale(all_targets):
+    """A row for each share and recipe, of the first seed, and what is dead of the modalities."""
+    rows = {}
+    for line in (FOLDER / "recipe.md").read_text().splitlines()[4:]:
+        texts = line.strip("| ").split(" | ")
+        rows[tuple(texts[:2])] = texts[2:]
+    with open(FOLDER / "recipe.csv", newline="", encoding="utf-8") as file:
+        runs = list(csv.DictReader(file))
+    assert {run["seed"] for run in runs} == {"0"} and len(runs) == 2 * 2 * len(reproduce.RECIPES)
+    for share, data_flags in reproduce.RECIPE_SHARES.items():
+        for name, flags in reproduce.RECIPES.items():
+            found = {}
+            for run in runs:
+                if (run["pretraining"] == " ".join(("mmcpr.py", *flags))
+                        and ("--keep" in run["data"]) == bool(data_flags)):
+                    scale = "Xavier's" if "xavier" in run["finetuning"] else "as is"
+                    found[scale] = float(run["valid recall@20"])
+            valid, scale = rows[share, name][:2]
+            assert len(found) == 2 and found[scale] == max(found.values())
+            assert float(valid) == pytest.approx(found[scale], abs=1e-4)
+
+
+def test_dead_modalities_are_those_that_mmcpr_warns_of():
+    alive, dead = {"attention": .5, "variance": 1.}, {"attention": .5, "variance": 1e-4}
+    report = {"modalities": {"user": {"R": alive, "G": dead}, "item": {"T": dead, "V": alive}}}
+    assert reproduce.dead_modalities(report) == ["user G", "item T"]
 
 
 def test_not_trained_is_what_it_says():
