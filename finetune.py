@@ -403,9 +403,16 @@ def print_spread(results):
         values = [result["valid"]["recall@20"] for result in results]
         print(f"validation Recall@20, to choose by: {np.mean(values):.4f}"
               + (f" ± {np.std(values, ddof=1):.4f}" if len(values) > 1 else ""))
-    if any(result["epoch"] == 0 and result["epochs_run"] > 0 for result in results):
+    if any(training_brought_nothing(result) for result in results):
         print("epoch 0: on validation no training was better than the tables as given; "
               "try a lower --lr")
+
+
+def training_brought_nothing(result):
+    """Whether validation chose the tables as given. A Recall of 1 has nothing above it."""
+    if result["epoch"] > 0 or result["epochs_run"] == 0 or not result["valid"]:
+        return False
+    return result["valid"]["recall@20"] < 1
 
 
 # --- The command line ---------------------------------------------------------------------
@@ -513,6 +520,9 @@ def open_init_and_data(args):
 
 def finetune_and_save(args):
     arrays, dataset, parts, data_options = open_init_and_data(args)
+    if dataset.n_items <= max(KS):
+        print(f"only {dataset.n_items} items: a list of {max(KS)} holds them all, whatever the "
+              "model; these metrics are made for more")
     tables = []
     if arrays is not None:
         tables = [arrays[side] for side in ("user", "item") if side in arrays]

@@ -1065,9 +1065,19 @@ def test_runs_that_went_wrong_say_so(trained, interrupted, capsys):
     assert hints[0] in capsys.readouterr().out
     assert call(finetune.main, "--init", "wild.npz", "--lr", 1e-9, "--epochs", 2) == 0
     assert hints[1] in capsys.readouterr().out
+    # The shop has fewer items than the longest list.
+    assert "only 30 items" in out
     interrupted(mmcpr.main, *flags, "--epochs", 9, "--out", "cut.npz", after=4)
     assert call(finetune.main, "--init", "cut.npz", "--epochs", 1) == 0
     assert "cut.npz: of a pre-training that was interrupted" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("epoch, epochs_run, valid, expected", [
+    (0, 9, {"recall@20": .2}, True), (0, 9, {"recall@20": 1.}, False), (0, 9, {}, False),
+    (5, 9, {"recall@20": .2}, False), (0, 0, {"recall@20": .2}, False)])
+def test_training_that_brought_nothing(epoch, epochs_run, valid, expected):
+    result = {"epoch": epoch, "epochs_run": epochs_run, "valid": valid}
+    assert finetune.training_brought_nothing(result) == expected
 
 
 # --- Outputs ------------------------------------------------------------------------------

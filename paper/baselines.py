@@ -1,10 +1,10 @@
 """The systems that the paper's Table 2 compares MMCPR with, each from its own paper.
 
     python -m paper.baselines --method pmgt        demo data: tries three learning rates
-    python -m paper.baselines --method gcnp --data vg --lr 1e-3 --out gcnp.npz
-    python -m paper.baselines --method clip --data path/to/folder
+    python -m paper.baselines --method gcnp --data vg --lr 1e-3
+    python -m paper.baselines --method clip --data path/to/folder --out clip.npz
 
-Then: python finetune.py --init emb.npz
+Each writes <method>.npz, or --out. Then: python finetune.py --init pmgt.npz
 
     random      Xavier tables, nothing is learned        users and items
     popular     how often each item is bought            users and items
@@ -1238,7 +1238,7 @@ def arguments():
     parser = run.parser("Pre-train one of the systems of the paper's Table 2.",
                         "python -m paper.baselines")
     parser.add_argument("--method", choices=METHODS, required=True)
-    parser.add_argument("--out", default="emb.npz", help="where the embeddings go")
+    parser.add_argument("--out", help="where the embeddings go (default: <method>.npz)")
     parser.add_argument("--modalities", choices=("TV", "T", "V"), default="TV",
                         help="item features to use")
     parser.add_argument("--lr", type=float, nargs="+", default=[1e-4, 1e-3, 1e-2],
@@ -1260,6 +1260,8 @@ def arguments():
 
 
 def check_arguments(args):
+    # Not emb.npz, which is MMCPR's.
+    args.out = args.out or f"{args.method}.npz"
     for lr in args.lr:
         if not 0 < lr < np.inf:
             raise run.InputError("--lr must be above 0 and finite")

@@ -37,6 +37,10 @@ SCRIPTS = {"mmcpr.py": ["mmcpr.py"], "finetune.py": ["finetune.py"],
            "baselines.py": ["-m", "paper.baselines"]}
 MODULES = {"mmcpr.py": mmcpr, "finetune.py": finetune, "baselines.py": baselines}
 
+# Options that change nothing of what a cell finds: where files go, what else is written.
+BESIDE = ("out", "metrics", "per_user", "recommend", "top", "all_seen", "resume",
+          "checkpoint_every")
+
 # What the scripts say where the data has nothing for a cell, and where a learning rate is too
 # high.
 NOTHING = ("nothing for --method", "--lam 1 trains CIMA alone")
@@ -192,11 +196,11 @@ class Cells:
         self.used = {}  # what the present target has asked for
 
     def all_options(self, script, *flags):
-        """All options of a command, defaults too, but for what names data and device."""
+        """All options of a command, defaults too, but for BESIDE, data and device."""
         options = {}
         for name, value in vars(self.parsers[script].parse_args(flags)).items():
             # A data set is told by its fingerprint, so it may move. A device changes no result.
-            if not name.startswith(("data", "device")):
+            if name not in BESIDE and not name.startswith(("data", "device")):
                 options[name] = value
         return [script, options]
 

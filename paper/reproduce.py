@@ -19,7 +19,8 @@ A cell, one pre-training and one fine-tuning, is kept in paper/results/<data>/ce
 Pre-training is repeated for every seed, and so is the split where it is ours: seed 1 has split
 seed 1. Each system's learning rate, of the paper's grid, and the scale at which its tables are
 handed over, as they are or Xavier's, are chosen on the first seed by the validation Recall@20
-after fine-tuning. Variants of MMCPR keep MMCPR's; `regimes`, `new-items` and `recipe` choose the scale alone.
+after fine-tuning. Variants of MMCPR keep MMCPR's; `regimes`, `new-items` and `recipe` choose the
+scale alone.
 """
 import argparse
 import os

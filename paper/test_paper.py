@@ -728,6 +728,13 @@ def report_of(path):
     return data.load_embeddings(path)["meta"]["report"]
 
 
+def test_baseline_does_not_write_over_mmcprs_embeddings(shop_folder, capsys):
+    Path("emb.npz").write_bytes(b"mine")
+    assert call(baselines.main, "--method", "constant", "--data", "shop") == 0
+    assert Path("emb.npz").read_bytes() == b"mine" and Path("constant.npz").is_file()
+    assert "next: python finetune.py --init constant.npz" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("method", baselines.METHODS)
 def test_every_baseline_initialises_finetuning(shop_folder, capsys, method):
     """Its loss falls, validation chooses the rate, its emb.npz fine-tunes; twice the same."""
@@ -937,8 +944,8 @@ def test_curve_ends_where_finetuning_ends(shop_folder, capsys):
 
 
 def test_curve_starts_from_tables_of_its_own_split(shop_folder, capsys):
-    assert call(baselines.main, "--method", "random", "--data", "shop", "--out", "emb.npz") == 0
-    flags = ("--init", "emb.npz", "--epochs", 1, "--metrics", "curve.json")
+    assert call(baselines.main, "--method", "random", "--data", "shop") == 0
+    flags = ("--init", "random.npz", "--epochs", 1, "--metrics", "curve.json")
     assert call(epochs.main, *flags) == 0
     assert call(epochs.main, *flags, "--valid", 0) == 2
     assert "other training interactions" in capsys.readouterr().err
@@ -1450,6 +1457,9 @@ def test_changed_defaults_and_data_are_other_cells(tmp_path, monkeypatch):
     cell = Cell(("mmcpr.py", "--lam", "0"), (), 0)
     name = cells.cell_path(cell)
     same = Cell(("mmcpr.py", "--lam", "0.0"), ("--scale", "asis"), 0)
+    assert name == cells.cell_path(same)
+    # Where files go changes nothing.
+    same = Cell(("mmcpr.py", "--lam", "0", "--out", "x.npz"), ("--metrics", "m.json"), 0)
     assert name == cells.cell_path(same)
     other_data = Cells((), (), "abd", tmp_path, 1)
     others = {cells.cell_path(cell._replace(seed=1)),
