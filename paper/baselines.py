@@ -827,17 +827,24 @@ class PMGT(ItemMethod):
     def loss(self, rows):
         return self.structure_loss(rows) + self.feature_loss(rows)
 
-    def structure_loss(self, rows):
-        """Binary cross-entropy of cosines: to a neighbour, to an item that shares no user."""
+    def draw_pairs(self, rows):
+        """(a neighbour of each row, a random item, each with which of them count), [b] each."""
         near, has_near = draw_columns(self.graph, rows)
         far = torch.randint(self.n_items, (len(rows),))
         n_shared = self.R[rows.numpy()].multiply(self.R[far.numpy()]).sum(1)
         # A random item that happens to be a neighbour, or the item itself, is no negative.
         is_linked = torch.from_numpy(np.asarray(n_shared).ravel() > 0) | (far == rows)
-        h, _ = self.encode(torch.cat([rows, near, far]))
-        z, z_near, z_far = self.pool(h[:, 0]).chunk(3)
+        return near, has_near, far, ~is_linked
+
+    def structure_loss(self, rows):
+        """Binary cross-entropy of cosines: to a neighbour, to an item that shares no user."""
+        near, has_near, far, is_far = self.draw_pairs(rows)
+        # An item that was drawn more than once is encoded once.
+        items, place = torch.cat([rows, near, far]).unique(return_inverse=True)
+        h, _ = self.encode(items)
+        z, z_near, z_far = self.pool(h[:, 0])[place].chunk(3)                  # [b, dim] each
         score_near = F.cosine_similarity(z, z_near)[has_near]
-        score_far = F.cosine_similarity(z, z_far)[~is_linked]
+        score_far = F.cosine_similarity(z, z_far)[is_far]
         score = torch.cat([score_near, score_far])
         if not len(score):
             return 0

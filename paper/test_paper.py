@@ -521,36 +521,37 @@ def test_pmgt_losses_against_the_loop():
     views = pmgt_views(rng)
     raw = np.concatenate([view.numpy() for view in views.values()], 1)
     model = baselines.PMGT(R, views, 8, 20)
-    encode, encode_masked = model.encode, model.encode_masked
-    encoded = {}
+    draw_pairs, encode_masked = model.draw_pairs, model.encode_masked
+    seen = {}
 
     def spy(rows):
-        encoded["plain"] = encode(rows)
-        return encoded["plain"]
+        seen["pairs"] = draw_pairs(rows)
+        return seen["pairs"]
 
     def spy_masked(rows):
-        encoded["masked"] = encode_masked(rows)
-        return encoded["masked"]
+        seen["masked"] = encode_masked(rows)
+        return seen["masked"]
 
-    model.encode, model.encode_masked = spy, spy_masked
+    model.draw_pairs, model.encode_masked = spy, spy_masked
     n_itself = 0
     for _ in range(4):
         loss = model.loss(torch.arange(20)).item()
-        h, items = encoded["plain"]
-        z, structure = model.pool(h[:, 0]), []
+        # Each item on its own.
+        z = [model.pool(model.encode(torch.tensor([i]))[0][0, 0]) for i in range(20)]
+        structure = []
 
         def cosine(a, b):
             return F.cosine_similarity(z[a], z[b], dim=0)
 
+        near, _, far, _ = seen["pairs"]
         for i in range(20):
-            near, far = items[20 + i, 0].item(), items[40 + i, 0].item()
-            n_itself += far == i < 10
+            n_itself += far[i] == i < 10
             if A[i].any():
-                assert A[i, near]
-                structure.append(F.softplus(-cosine(i, 20 + i)).item())
-            if far != i and not A[i, far]:
-                structure.append(F.softplus(cosine(i, 40 + i)).item())
-        h, items, is_masked = encoded["masked"]
+                assert A[i, near[i]]
+                structure.append(F.softplus(-cosine(i, near[i])).item())
+            if far[i] != i and not A[i, far[i]]:
+                structure.append(F.softplus(cosine(i, far[i])).item())
+        h, items, is_masked = seen["masked"]
         features = []
         for i, t in is_masked.nonzero().tolist():
             j = items[i, t].item()
