@@ -28,7 +28,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from tqdm import tqdm
 
 import data
 import metrics
@@ -205,12 +204,8 @@ def finetune(parts, init, args, seed, device="cpu", checkpoint=None):
     progress = checkpoint.restore(model, optimizer) or {
         "epoch": -1, "history": [], "best": None, "seconds": 0.0}
     started -= progress["seconds"]  # of the run that was interrupted
-    interrupted = False
-    epochs = range(progress["epoch"] + 1, args.epochs + 1)
-    bar = tqdm(epochs, desc=f"fine-tuning, seed {seed}", unit="epoch", initial=epochs.start,
-               total=args.epochs + 1, disable=not run.is_main_process())
-    try:
-        for epoch in bar:
+    with checkpoint.loop(progress, args.epochs, f"fine-tuning, seed {seed}", 0) as epochs:
+        for epoch in epochs:
             values = [point["recall@20"] for point in progress["history"]]
             if has_valid and out_of_patience(values, args.patience):
                 break
@@ -229,16 +224,9 @@ def finetune(parts, init, args, seed, device="cpu", checkpoint=None):
                 if progress["best"] is None or value > progress["best"]["value"]:
                     progress["best"] = {"epoch": epoch, "value": value, "tables": tables}
                 if has_valid:
-                    bar.set_postfix({"loss": mean_loss, "valid recall@20": f"{value:.4f}"})
+                    epochs.set_postfix({"loss": mean_loss, "valid recall@20": f"{value:.4f}"})
             progress["epoch"], progress["seconds"] = epoch, time.time() - started
             checkpoint.update(model, optimizer, progress)
-    except KeyboardInterrupt:
-        checkpoint.write()
-        if progress["best"] is None:
-            raise run.InputError("interrupted before the first validation; "
-                                 f"{checkpoint.remedy()}") from None
-        interrupted = True
-    bar.close()
 
     best = progress["best"]
     user, item = best["tables"]
@@ -249,8 +237,9 @@ def finetune(parts, init, args, seed, device="cpu", checkpoint=None):
     valid = metrics.evaluate(user, item, train, parts.valid, KS) if has_valid else {}
     test, place = rank_test(user, item, parts)
     result = {"seed": seed, "epoch": best["epoch"], "epochs_run": progress["epoch"],
-              "seconds": round(time.time() - started, 1), "interrupted": interrupted,
-              "valid": valid, "test": test, "history": progress["history"]}
+              "seconds": round(time.time() - started, 1),
+              "interrupted": progress["interrupted"], "valid": valid, "test": test,
+              "history": progress["history"]}
     return user, item, result, place
 
 

@@ -39,7 +39,6 @@ import torch
 import torch.nn.functional as F
 from scipy.special import xlogy
 from torch import nn
-from tqdm import tqdm
 
 import data
 import metrics
@@ -425,12 +424,8 @@ def pretrain(parts, features, args, device="cpu", checkpoint=None):
     progress = checkpoint.restore(model, training.optimizer) or {
         "epoch": 0, "history": [], "best": None, "beat_popularity_at": None, "seconds": 0.0}
     started -= progress["seconds"]  # of the run that was interrupted
-    interrupted = False
-    epochs = range(progress["epoch"] + 1, args.epochs + 1)
-    bar = tqdm(epochs, desc="pre-training", unit="epoch", initial=progress["epoch"],
-               total=args.epochs, disable=not run.is_main_process())
-    try:
-        for epoch in bar:
+    with checkpoint.loop(progress, args.epochs, "pre-training") as epochs:
+        for epoch in epochs:
             if out_of_patience(progress, args.patience):
                 break
             l1, l2 = train_epoch(training, args)
@@ -441,16 +436,9 @@ def pretrain(parts, features, args, device="cpu", checkpoint=None):
                 value, measured = validate(training, parts, epoch, args)
                 point = {"epoch": epoch, "cima": l1, "bce": l2, **measured}
                 record(progress, point, value, model, popularity)
-                bar.set_postfix({k: f"{v:.4f}" for k, v in point.items() if k != "epoch"})
+                epochs.set_postfix({k: f"{v:.4f}" for k, v in point.items() if k != "epoch"})
             progress["epoch"], progress["seconds"] = epoch, time.time() - started
             checkpoint.update(model, training.optimizer, progress)
-    except KeyboardInterrupt:
-        checkpoint.write()
-        if progress["best"] is None:
-            raise run.InputError("interrupted before the first validation; "
-                                 f"{checkpoint.remedy()}") from None
-        interrupted = True
-    bar.close()
 
     best = progress["best"]
     model.load_state_dict(best["weights"])
@@ -459,7 +447,7 @@ def pretrain(parts, features, args, device="cpu", checkpoint=None):
         raise run.InputError(f"the tables are not finite at epoch {best['epoch']}; "
                              f"lower --lr (now {args.lr})")
     report = make_report(training, parts, user, item, progress)
-    report |= {"popularity_loss": popularity, "interrupted": interrupted,
+    report |= {"popularity_loss": popularity, "interrupted": progress["interrupted"],
                "seconds": round(time.time() - started, 1)}
     return user.cpu().numpy(), item.cpu().numpy(), report
 

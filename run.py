@@ -38,6 +38,7 @@ if main_file and Path(main_file).resolve().parent in (HERE, HERE / "paper"):
 import numpy as np
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 
 # --- Errors -------------------------------------------------------------------------------
@@ -467,10 +468,11 @@ class Checkpoint:
     """The state of a training run after its last whole epoch; --resume goes on bit for bit.
 
         with Checkpoint(path, resume) as checkpoint:
-            progress = checkpoint.restore(model, optimizer) or {"epoch": 0, ...}
-            for epoch in range(progress["epoch"] + 1, ...):
-                ...
-                checkpoint.update(model, optimizer, progress)
+            progress = checkpoint.restore(model, optimizer) or {"epoch": 0, "best": None, ...}
+            with checkpoint.loop(progress, n_epochs, "training") as epochs:
+                for epoch in epochs:
+                    ...
+                    checkpoint.update(model, optimizer, progress)
 
     The state is written when `every` seconds have passed, and at Ctrl-C or SIGTERM, which end
     the loop with KeyboardInterrupt: the epoch under way is repeated. Of several processes all
@@ -546,6 +548,27 @@ class Checkpoint:
             progress = copy.deepcopy(self.training["progress"])
             print(f"{self.path}: goes on after epoch {progress['epoch']}")
         return progress
+
+    @contextlib.contextmanager
+    def loop(self, progress, last_epoch, title, first_epoch=1):
+        """Around a training loop: yields a bar over the epochs that progress has still to come.
+
+        Ctrl-C ends the loop and keeps its checkpoint; progress["interrupted"] says whether it did.
+        InputError where progress["best"] is None then: there is nothing to hand over.
+        """
+        progress["interrupted"] = False
+        bar = tqdm(range(progress["epoch"] + 1, last_epoch + 1), desc=title, unit="epoch",
+                   initial=progress["epoch"] + 1 - first_epoch,
+                   total=last_epoch + 1 - first_epoch, disable=not is_main_process())
+        try:
+            yield bar
+        except KeyboardInterrupt:
+            self.write()
+            if progress["best"] is None:
+                raise InputError("interrupted before the first validation; "
+                                 f"{self.remedy()}") from None
+            progress["interrupted"] = True
+        bar.close()
 
     def update(self, model, optimizer, progress):
         """At the end of an epoch. Raises KeyboardInterrupt where another process was asked to."""
