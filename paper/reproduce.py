@@ -301,6 +301,11 @@ def fig3(sweep):
             wanted[subset] = (command, choice.scale)  # all that there is: the cells of Table 2
         elif set(subset) < set(sweep.letters):
             wanted[subset] = ((*command, "--modalities", subset), choice.scale)
+    # Another item's contents tell items apart just as well, and say nothing about them.
+    contents = sweep.letters.removesuffix("G")
+    if contents:
+        flags = ("--modalities", contents, "--shuffle-contents")
+        wanted[f"{contents} shuffled"] = ((*command, *flags), choice.scale)
     subsets = sweep.run_rows(wanted, "figure 3")
     rows = control_rows(sweep) | subsets
     column = {subset: attention_text(row) for subset, row in subsets.items()}
@@ -361,7 +366,7 @@ def plot_attention(path, rows):
 
 
 def plot_training(path, rows):
-    """The pre-training of the first seed: single modalities, and three or more."""
+    """The pre-training of the first seed: single modalities, three or more, shuffled ones."""
     panels = {}
     for title, key in (("loss per positive (BCE)", "bce"), ("validation Recall@20", "recall@20")):
         curves = {}

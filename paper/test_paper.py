@@ -1156,6 +1156,7 @@ def test_rows_are_the_means_of_the_cells_run_with_their_flags(all_targets):
     # Of MMCPR's variants: those with its flags, from the scale that was chosen.
     variants = [("table3", "w/o BCE (λ = 1)", {"--lam", "1"}),
                 ("fig3", "VG", {"--modalities", "VG"}),
+                ("fig3", "RTV shuffled", {"--modalities", "RTV", "--shuffle-contents"}),
                 ("fig4", "softmax, λ = 0.4", {"--lam", "0.4"}),
                 ("fig4", "bce, λ = 0.6", {"--lam", "0.6", "--cima", "bce"})]
     ours = [cell for cell in cells if cell["pretraining"] and cell["pretraining"][0] == "mmcpr.py"]
