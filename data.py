@@ -86,7 +86,7 @@ def drop_training(part, users, share, seed):
 
 
 class Parts(NamedTuple):
-    """A data set, split: binary CSR matrices float32 [n_users, n_items], and more of training."""
+    """A data set, split: binary CSR matrices float32 [n_users, n_items], and what they are of."""
     train: sp.csr_matrix
     valid: sp.csr_matrix
     test: sp.csr_matrix
@@ -101,15 +101,15 @@ class Parts(NamedTuple):
         return np.setdiff1d(np.arange(self.train.shape[1], dtype=np.int64), self.new_items)
 
 
-def hold_out_items(part, users, items, share, seed):
-    """(parts, new items int64): of a share of the items every interaction goes to TEST.
+def hold_out_items(part, dataset, share, seed):
+    """(part, new items int64): of a share of the items every interaction goes to TEST.
 
     Nothing of them is left to train on or to validate, and the test interactions of the other
     items are DROPPED, as are those of users who are left without training.
     """
-    n_items = items.max() + 1
+    users, n_items = dataset.users, dataset.n_items
     new_items = np.random.default_rng(seed).permutation(n_items)[:round(share * n_items)]
-    is_new = np.isin(items, new_items)
+    is_new = np.isin(dataset.items, new_items)
     part = np.where(part == TEST, DROPPED, part)
     part[is_new] = TEST
     has_training = np.isin(users, users[part == TRAIN])
@@ -131,7 +131,7 @@ def split_dataset(dataset, seed=0, valid=0.1, share=1.0, share_new=0.0):
         part = drop_training(part, dataset.users, share, seed)
     new_items = None
     if share_new > 0:
-        part, new_items = hold_out_items(part, dataset.users, dataset.items, share_new, seed)
+        part, new_items = hold_out_items(part, dataset, share_new, seed)
         if not (np.any(part == TRAIN) and np.any(part == TEST)):
             raise InputError(f"{dataset.name}: --new-items {share_new:g} makes {len(new_items):,} "
                              f"of {dataset.n_items:,} items new, which leaves nothing to train on "
@@ -165,7 +165,7 @@ def published_split(dataset, seed, valid):
     elif not np.any(part == VALID):
         rng = np.random.default_rng(seed)
         train = rng.permutation(np.flatnonzero(part == TRAIN))
-        # In this random order the one that each user's row starts with stays.
+        # Of each user the first one in this random order stays.
         _, one_each = np.unique(dataset.users[train], return_index=True)
         must_stay = np.zeros(len(part), bool)
         must_stay[train[one_each]] = True
@@ -363,9 +363,10 @@ def contents_of(dataset, modality):
     return contents if contents is not None and any(contents) else None
 
 
-def missing_rows(table, block_rows=1 << 14):
+def missing_rows(table):
     """bool [n]: rows that are NaN throughout, or 0 throughout, which has no direction."""
     is_missing = np.empty(len(table), bool)
+    block_rows = 1 << 14  # a table on disk may be larger than memory
     for start in range(0, len(table), block_rows):
         block = table[start:start + block_rows]
         # A row is NaN throughout or not at all, so one column tells.
@@ -556,7 +557,7 @@ def training_options(args, *without):
     """A command line's options but for the data's, which are kept apart, and `without`."""
     options = {}
     for name, value in vars(args).items():
-        if name not in DATA_DEFAULTS and name not in without:
+        if name not in (*DATA_DEFAULTS, "amazon_url", *without):
             options[name] = value
     return options
 

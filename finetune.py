@@ -262,15 +262,15 @@ def popularity(train):
 
 
 def train_and_valid(parts):
-    return (parts.train + parts.valid).tocsr()
+    return parts.train + parts.valid
 
 
 def out_of_patience(values, patience):
     """Whether `patience` validations in a row, the last of `values`, brought no new best.
 
-    Counted from the lowest of the first `patience` ones. From a random start the first is the
-    lowest, and this is MixGCF's rule; a pre-trained start falls before it rises above itself,
-    and would be stopped on its way up.
+    Waiting starts at the lowest of the first `patience` ones, and a new best is one above all
+    since then. From a random start the first is the lowest: MixGCF's rule. A pre-trained start
+    falls before it rises above itself, and would be stopped on its way up.
     """
     waited, lowest, highest = 0, np.inf, np.inf
     for count, value in enumerate(values, 1):
@@ -289,9 +289,9 @@ def out_of_patience(values, patience):
 def recommend(path, user, item, dataset, parts, top=20, all_seen=False):
     """recs.csv: each user's `top` best items with ranks and scores.
 
-    As the test ranks them: without training and validation items, but held-out test items are
-    candidates (with --new-items too all items are). all_seen: without any item that the user is
-    known to have, for use.
+    As the test ranks them: without training and validation items; held-out test items are
+    candidates. With --new-items all items are, not only the new ones. all_seen: without any item
+    that the user is known to have, for use.
     """
     seen = train_and_valid(parts)
     if all_seen:
@@ -304,7 +304,7 @@ def recommend(path, user, item, dataset, parts, top=20, all_seen=False):
     def write(file):
         writer = csv.writer(file)
         writer.writerow(("user", "rank", "item", "score"))
-        for users, scores, items in metrics.rank(user, item, seen.tocsr(), top):
+        for users, scores, items in metrics.rank(user, item, seen, top):
             for u, user_scores, user_items in zip(users, scores.tolist(), items.tolist()):
                 for place, (score, i) in enumerate(zip(user_scores, user_items), 1):
                     if score > -np.inf:
@@ -497,7 +497,10 @@ def check_resumed_outputs(args, results):
 
 
 def open_init_and_data(args):
-    """(the arrays of --init or None, dataset, parts, data options); no output is an input."""
+    """(the arrays of --init or None, dataset, parts, data options).
+
+    InputError where an output would be written over what is read here.
+    """
     arrays, data_options = read_init(args)
     with run.main_process_first():
         dataset, parts, data_options = data.open_data(args, data_options, contents=False)

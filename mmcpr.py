@@ -190,7 +190,10 @@ class Tower(nn.Module):
             self.a = nn.Parameter(a[:, 0])
 
     def forward(self, nodes):
-        """nodes int64 [b], or ALL -> (e [b, d], alpha [b, M], projected [b, M, d])."""
+        """nodes int64 [b], or ALL -> (e [b, d], alpha [b, M], projected [b, M, d]).
+
+        A side without modalities has M = 0, and None in place of projected.
+        """
         present = self.present[nodes]
         if not self.modalities:
             return self.fallback[nodes], present.float(), None
@@ -209,9 +212,9 @@ class Tower(nn.Module):
             e = torch.where(present.any(1, keepdim=True), e, self.fallback[nodes])
         return e, alpha, projected
 
-    def all_nodes(self, chunk=32_768):
+    def all_nodes(self):
         """int64 indices of all nodes, in chunks, so that no [n, M, d] of all nodes is held."""
-        return torch.arange(len(self.present), device=self.present.device).split(chunk)
+        return torch.arange(len(self.present), device=self.present.device).split(32_768)
 
     @torch.no_grad()
     def embed(self):
@@ -294,6 +297,7 @@ class MMCPR(nn.Module):
         if use_graphs:
             user_graph = ops.CoInteractionGraph(R, device)
             item_graph = ops.CoInteractionGraph(R.T.tocsr(), device)
+        # Letter by letter: T stands before V, which items_with_pair counts on.
         user_features = {m: features[m] for m in "R" if m in features}
         item_features = {m: features[m] for m in "TV" if m in features}
         self.user_tower = Tower(n_users, user_features, user_graph, dim, n_layers)
@@ -327,7 +331,7 @@ def objective(model, R, users, cima_items, positives_per_block, lam=0.2, tau=0.1
               reading="softmax"):
     """L = lam L1 + (1 - lam) L2 of one step (Eq. 16).
 
-    R: CSR tensor [n_users, n_items], of known items; users int64 [B]: the block of users;
+    R: CSR tensor [n_users, n_known_items]; users int64 [B]: the block of users;
     cima_items int64 [N]; positives_per_block: the mean number of training interactions in a block.
 
     L1 and L2 are sums. The loss is L / positives_per_block: one constant under both, so that lam
@@ -338,7 +342,7 @@ def objective(model, R, users, cima_items, positives_per_block, lam=0.2, tau=0.1
     Returns (L1 / N, L2 / positives_per_block, loss), scalars; of several processes each has its
     share. With lam 0 or 1 the other term is 0 and not computed.
     """
-    # A block of users is scored against all items, and CIMA needs some of them too.
+    # A block of users is scored against all known items, and CIMA needs some of them too.
     item, _, projected = model.item_tower(ALL)                 # [n_items, d], [n_items, M, d]
     l1_per_item = l2_per_positive = torch.zeros((), device=item.device)
     if lam > 0 and len(cima_items) > 1:
@@ -371,7 +375,7 @@ class Training(NamedTuple):
 
 
 def start_training(parts, features, args, device):
-    """Training of a model whose parameters, and the items held out, the seed draws."""
+    """Training at its beginning: the seed draws the parameters and the held-out items."""
     torch.manual_seed(args.seed)
     train, known_items = parts.train, parts.known_items()
     R = ops.sparse_tensor(train if known_items is None else train[:, known_items], device)
@@ -379,8 +383,8 @@ def start_training(parts, features, args, device):
                   device, known_items)
     print_graphs(model)
     cima_items, heldout_items = choose_cima_items(model, args)
-    # The loss is per positive. So a Gaussian prior of precision c on every entry, beside the sum of
-    # Eq. 15, is a decay of c / nnz; and it shrinks with the weight of that sum, 1 - lam.
+    # The loss is (1 - lam) / nnz times the sum of Eq. 15. A Gaussian prior of precision c on every
+    # entry w adds c / 2 w^2 to that sum: a weight decay of c (1 - lam) / nnz.
     decay = args.weight_decay * (1 - args.lam) / train.nnz
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, weight_decay=decay, fused=True)
     return Training(model, optimizer, R, cima_items, heldout_items)
@@ -405,7 +409,7 @@ def train_epoch(training, args):
         optimizer.step()
         loss_sums += run.all_sum(torch.stack([l1, l2]).detach())
     l1_per_item = loss_sums[0].item() / len(blocks)
-    # Back to the sum over all blocks: the last one may have fewer positives than the others.
+    # The sum over blocks is L2 of all users / positives_per_block; told is L2 per positive of R.
     l2_per_positive = loss_sums[1].item() * positives_per_block / len(R.col_indices())
     return l1_per_item, l2_per_positive
 
@@ -517,9 +521,9 @@ def validation_recall(user, item, parts):
 
 
 def out_of_patience(progress, patience):
-    """Whether the last validation came `patience` epochs after the best one or later.
+    """Whether the last validation is `patience` epochs or more after the later of two epochs:
 
-    Counted from the epoch that was clearly better than popularity, where that came after it.
+    the best one, and the first that was clearly better than popularity. False before that one.
     """
     if progress["beat_popularity_at"] is None:
         return False
@@ -543,7 +547,7 @@ def rms(x):
 
 
 @torch.no_grad()
-def alignment(model, items, chunk=1024):
+def alignment(model, items):
     """How well a text finds its image among `items`: R@10, mean cosine of true and false pairs."""
     n = len(items)
     if n < 2:
@@ -551,7 +555,7 @@ def alignment(model, items, chunk=1024):
     _, _, projected = model.item_tower(items)
     text, image = F.normalize(projected[:, 0], dim=1), F.normalize(projected[:, 1], dim=1)
     cosine_true = (text * image).sum(1)
-    ranks = []
+    ranks, chunk = [], 1024
     for start in range(0, n, chunk):
         s = text[start:start + chunk] @ image.T                                         # [c, n]
         true_score = s.diagonal(start)[:, None]

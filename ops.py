@@ -1,7 +1,7 @@
 """What makes both scripts fast: each operator right under its plain definition.
 
 A plain definition says what is computed, in a few lines; the fast one computes the same. The
-tests compare exactly these pairs, values and gradients, and paper/bench.py times them. To
+tests compare exactly these pairs, values and gradients, and paper/bench.py times most. To
 understand the method the plain ones are enough. Letters mean what their section says.
 
     plain                    fast
@@ -98,8 +98,10 @@ def build_co_interaction(R, storage="auto", block_entries=1 << 24):
     R = sp.csr_matrix(R, dtype=np.float32)
     E_blocks, n_neighbours = [], []
     for C, is_edge in shared_counts(R, block_entries):
+        # A running count of the edges, read where rows begin and end.
         ends = np.cumsum(np.append(0, is_edge), dtype=np.int64)[C.indptr]
         n_neighbours.append(np.diff(ends))
+        # C becomes E in place: one less off the diagonal.
         C.data -= is_edge
         C.eliminate_zeros()  # pairs that share one column
         E_blocks.append(C)
@@ -201,7 +203,7 @@ def row_entries(R, users):
     start = R.crow_indices()[users].long()                                                # [B]
     n_entries = R.crow_indices()[users + 1].long() - start
     rows = torch.arange(len(users), device=users.device).repeat_interleave(n_entries)
-    # The block's entries are numbered on from row to row, as those of R from `start` on.
+    # Entry k of the block is entry k - block_start + start of R, both of its row.
     block_start = n_entries.cumsum(0) - n_entries
     number = torch.arange(len(rows), device=users.device)
     return rows, R.col_indices()[number + (start - block_start)[rows]].long()
@@ -360,9 +362,9 @@ def candidate_scores(query, table, candidates):
     B, M = candidates.shape
     if query.is_cuda or len(table) < M:
         return (table[candidates] @ query[:, :, None])[:, :, 0]
-    # On a CPU as query @ table.T, computed at the candidates' places only: no [B, M, d] is
-    # gathered. Its sparse matrix of places has no more entries in a row than columns, hence the
-    # test above; the same candidate may stand in it twice, which its check would not allow.
+    # On a CPU as query @ table.T at the candidates' places only: no [B, M, d] is gathered. A row
+    # of torch's sparse matrix has at most as many entries as columns, hence the test above, and
+    # none twice, but candidates may be: so its check is off.
     row_starts = torch.arange(0, B * M + 1, M, dtype=torch.int32)
     places = torch.sparse_csr_tensor(
         row_starts, candidates.flatten().int(), query.new_zeros(B * M), (B, len(table)),

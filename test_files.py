@@ -517,6 +517,16 @@ def test_new_items_are_tested_and_nothing_else(tmp_path, capsys):
         assert np.array_equal(getattr(parts, name).toarray() > 0, want)
 
 
+def test_new_items_are_a_share_of_the_whole_catalogue(tmp_path):
+    """Those that nobody has bought are drawn like the others, wherever they stand."""
+    write_shop(tmp_path / "shop")
+    for path in tmp_path.glob("shop/*.npy"):
+        path.unlink()
+    run.write_csv(tmp_path / "shop/items.csv", ("item",), [(f"i{i}",) for i in range(300)])
+    parts = data.split_dataset(data.load(str(tmp_path / "shop")), share_new=0.1)
+    assert len(parts.new_items) == 30 and parts.new_items.max() >= 30
+
+
 @pytest.mark.parametrize("share", [0.001, 1])
 def test_new_items_that_leave_nothing(tmp_path, capsys, share):
     write_shop(tmp_path / "shop")

@@ -6,7 +6,6 @@
 
 Each writes <method>.npz, or --out. Then: python finetune.py --init pmgt.npz
 
-    random      Xavier tables, nothing is learned        users and items
     popular     how often each item is bought            users and items
     constant    every item the same random unit vector   items
     clip        text and image vectors, PCA              items
@@ -46,9 +45,9 @@ import metrics
 import mmcpr
 import ops
 
-METHODS = ("random", "popular", "constant", "clip", "mmgcn", "gptgnn", "graphbert", "pmgt", "gcnp")
-CONTENT_FREE = METHODS[:3]  # what reads interactions alone, and learns nothing
-UNTRAINED = METHODS[:4]     # what learns nothing
+METHODS = ("popular", "constant", "clip", "mmgcn", "gptgnn", "graphbert", "pmgt", "gcnp")
+CONTENT_FREE = METHODS[:2]  # what reads interactions alone, and learns nothing
+UNTRAINED = METHODS[:3]     # what learns nothing
 N_HEADS = {"gptgnn": 4, "graphbert": 2, "pmgt": 2}  # of attention, where a method has it
 
 
@@ -183,12 +182,7 @@ class InteractionMethod(nn.Module):
         return users, self.train_items[batch], self.sample_negatives(users, 1)[:, 0]
 
 
-# --- Random and CLIP ----------------------------------------------------------------------
-
-def random(train, dim):
-    """Xavier-uniform tables: (user, item)."""
-    return finetune.initial_tables(None, train, dim)
-
+# --- What learns nothing ------------------------------------------------------------------
 
 def popular(train, dim):
     """Tables whose scores are the items' training interactions, for every user: (user, item).
@@ -1161,16 +1155,14 @@ def open_features(args):
     has_item_features = "T" in features or "V" in features
     if not has_item_features and args.method not in (*CONTENT_FREE, "gcnp"):
         raise run.InputError(f"this data has neither texts nor images: nothing for --method "
-                             f"{args.method}; random, gcnp and mmcpr.py can use it")
+                             f"{args.method}; gcnp, {' and '.join(CONTENT_FREE)} can use it")
     return dataset, parts, data_options, features
 
 
 def untrained(args, parts, features, same_space):
     """The Trial of a method that learns nothing."""
     torch.manual_seed(args.seed)
-    if args.method == "random":
-        user, item = random(parts.train, args.dim)
-    elif args.method == "popular":
+    if args.method == "popular":
         user, item = popular(parts.train, args.dim)
     elif args.method == "constant":
         user, item = None, constant(parts.train, args.dim)

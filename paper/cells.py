@@ -199,7 +199,8 @@ class Cells:
         """All options of a command, defaults too, but for BESIDE, data and device."""
         options = {}
         for name, value in vars(self.parsers[script].parse_args(flags)).items():
-            # A data set is told by its fingerprint, so it may move. A device changes no result.
+            # A data set is told by its fingerprint, so it may move. Nor does the device count,
+            # although a GPU draws other numbers: a cell made there stands for one made here.
             if name not in BESIDE and not name.startswith(("data", "device")):
                 options[name] = value
         return [script, options]

@@ -29,7 +29,7 @@ class Difference(NamedTuple):
     p: float      # two-sided
 
 
-def paired_bootstrap(ours, other, n_draws=4000, seed=0):
+def paired_bootstrap(ours, other, n_draws=4000):
     """Difference of two user_tables of the same runs: mean over users, then over runs.
 
     Users are drawn with replacement, a drawn one with all of its runs, and the same for both
@@ -42,7 +42,7 @@ def paired_bootstrap(ours, other, n_draws=4000, seed=0):
     is_tested = ~np.isnan(gap)
     gap = np.where(is_tested, gap, 0)
     n_runs, n_users = gap.shape
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     draws = []
     chunk = max(1, 1_000_000 // n_users)
     for start in range(0, n_draws, chunk):
@@ -101,18 +101,18 @@ def bin_names(edges):
     return names
 
 
-def by_user(runs, metric="recall@20", edges=USER_BINS):
-    """Bins of the metric by a user's training interactions; the users of all runs together."""
+def by_user(runs, edges=USER_BINS):
+    """Bins of Recall@20 by a user's training interactions; the users of all runs together."""
     degree = np.concatenate([of_run["train"] for of_run in runs])
-    value = np.concatenate([of_run[metric] for of_run in runs])
+    value = np.concatenate([of_run["recall@20"] for of_run in runs])
     return in_bins(degree, value, edges)
 
 
-def by_item(runs, k=20, edges=ITEM_BINS):
-    """The same of the share of test interactions ranked among the first k, by the item's."""
+def by_item(runs, edges=ITEM_BINS):
+    """The same of the share of test interactions ranked among the first 20, by the item's."""
     degree = np.concatenate([of_run["item_train"] for of_run in runs])
     place = np.concatenate([of_run["rank"] for of_run in runs])
-    return in_bins(degree, (place > 0) & (place <= k), edges)
+    return in_bins(degree, (place > 0) & (place <= 20), edges)
 
 
 def in_bins(degree, value, edges):

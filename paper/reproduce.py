@@ -19,8 +19,8 @@ A cell, one pre-training and one fine-tuning, is kept in paper/results/<data>/ce
 Pre-training is repeated for every seed, and so is the split where it is ours: seed 1 has split
 seed 1. Each system's learning rate, of the paper's grid, and the scale at which its tables are
 handed over, as they are or Xavier's, are chosen on the first seed by the validation Recall@20
-after fine-tuning. Variants of MMCPR keep MMCPR's; `regimes`, `new-items` and `recipe` choose the
-scale alone.
+after fine-tuning. Variants of MMCPR keep MMCPR's, but `regimes`, `new-items`, `recipe` and the
+paper's recipe choose the scale alone, and `scale` compares the two.
 """
 import argparse
 import os
@@ -146,7 +146,8 @@ def papers_recipe(sweep):
 
 
 def table2_columns(rows, systems, chosen, label):
-    """Whose users each row starts from, what validation chose for it, and the paper's value."""
+    """Whose users each row starts from, what validation chose for it, how alike its items are,
+    and the paper's value."""
     users, rates, scales, cosines = {}, {}, {}, {}
     for name, row in rows.items():
         report = row.found[0]["report"]
@@ -185,13 +186,13 @@ def comparison(sweep, name, rows, controls, others, metric):
     return f"- {name}, {metric}: " + "; ".join(texts)
 
 
-def smallest_difference(sweep, rows, metric="recall@20"):
+def smallest_difference(sweep, rows):
     """One line: what difference these users and seeds can tell from none."""
-    found = difference(sweep, rows["MMCPR"], rows["Random"], metric)
+    found = difference(sweep, rows["MMCPR"], rows["Random"], "recall@20")
     smallest = 1.96 * found.error
-    share = smallest / test_values(rows["Random"], metric).mean()
+    share = smallest / test_values(rows["Random"], "recall@20").mean()
     return (f"The smallest difference to Random that these users and seeds tell from none: "
-            f"{smallest:.4f} of {metric}, {share:.1%} (1.96 standard errors).")
+            f"{smallest:.4f} of recall@20, {share:.1%} (1.96 standard errors).")
 
 
 def table3(sweep):

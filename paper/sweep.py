@@ -12,6 +12,8 @@ import run  # before the libraries: from here on Ctrl-C ends in one line
 
 import numpy as np
 
+import data
+from finetune import METRIC_NAMES
 from paper import baselines, compare
 from paper.cells import Cell, Cells
 
@@ -29,7 +31,6 @@ SCALES = {"asis": AS_IS, "xavier": XAVIER}
 # The tables themselves are ranked: a popularity is no start.
 NOT_TUNED = ("--layers", "0", "--epochs", "0")
 
-METRICS = ("recall@20", "recall@40", "recall@60", "ndcg@20", "ndcg@40", "ndcg@60")
 P_VALUE = ("± after a metric: standard deviation over seeds; after a gain: its standard error. p: "
            "paired bootstrap over users and seeds, uncorrected.")
 
@@ -68,9 +69,12 @@ class Sweep:
     def cell(self, pretraining, finetuning, seed, data_flags=()):
         """A cell. Every seed has a split of its own, where any of it is drawn by us.
 
-        Of published splits that is what --keep and --new-items leave out.
+        Of published splits that is validation, where they have none, and what --keep and
+        --new-items leave out.
         """
-        if self.new_splits and (self.dataset.labels is None or data_flags):
+        labels = self.dataset.labels
+        is_published = labels is not None and np.any(labels == data.VALID)
+        if self.new_splits and (data_flags or not is_published):
             data_flags = ("--split-seed", str(self.split_seed + seed), *data_flags)
         return Cell(pretraining, finetuning, seed, tuple(data_flags))
 
@@ -141,7 +145,7 @@ def choose(sweep, systems):
     grid = []
     for system in systems:
         rates = [("--lr", lr) for lr in sweep.rates]
-        if system in baselines.UNTRAINED:
+        if system == "random" or system in baselines.UNTRAINED:
             rates = [()]
         for scale in scales_of(sweep, sweep.pretraining(system)):
             for rate in rates:
@@ -235,7 +239,7 @@ def title_of(sweep, name):
 
 
 def table(sweep, name, rows, columns=None):
-    """Lines of Markdown of rows {name: its cells}.
+    """Lines of Markdown of {name: Row}.
 
     columns: {title of a column beside the metrics: {row: text}}.
     """
@@ -245,11 +249,11 @@ def table(sweep, name, rows, columns=None):
 def table_lines(rows, columns=None):
     """The same without the title."""
     columns = columns or {}
-    names = [*METRICS, *columns]
+    names = [*METRIC_NAMES, *columns]
     lines = ["| | " + " | ".join(names) + " |", "|---" * (1 + len(names)) + "|"]
     for name, row in rows.items():
         texts = [name]
-        for metric in METRICS:
+        for metric in METRIC_NAMES:
             texts.append(mean_and_deviation(test_values(row, metric)))
         for column in columns.values():
             texts.append(column.get(name, ""))
@@ -270,7 +274,8 @@ def rms(row):
 
 def write_runs(path, used):
     """<target>.csv of {Cell: what it found}: the runs behind a table."""
-    header = ["pretraining", "finetuning", "data", "seed", "epoch", "valid recall@20", *METRICS]
+    header = ["pretraining", "finetuning", "data", "seed", "epoch", "valid recall@20",
+              *METRIC_NAMES]
     rows = []
     for cell, found in used.items():
         if found is None:
@@ -279,7 +284,7 @@ def write_runs(path, used):
         row = [" ".join(cell.pretraining or ("random",)),
                " ".join(("finetune.py", *cell.finetuning)), " ".join(cell.data), cell.seed,
                result["epoch"], f"{result['valid']['recall@20']:.6f}"]
-        for metric in METRICS:
+        for metric in METRIC_NAMES:
             row.append(f"{result['test'][metric]:.6f}")
         rows.append(row)
 

@@ -5,6 +5,7 @@ the real scripts, in this process, where starting them is not what is tested.
 """
 import contextlib
 import csv
+import dataclasses
 import hashlib
 import io
 import json
@@ -17,6 +18,7 @@ import threading
 import time
 from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -34,6 +36,7 @@ import ops
 import run
 from paper import baselines, bench, compare, epochs, map, reproduce
 from paper.cells import Cell, Cells
+from paper.sweep import Sweep
 from conftest import HERE, binary, call, shop, write_shop
 
 CONTENTS = ("item_text.npy", "item_image.npy", "review.npy", "items.csv")
@@ -743,7 +746,7 @@ def test_every_baseline_initialises_finetuning(shop_folder, capsys, method):
     assert pretrain(method, *flags, "--lr", 0.01) == 0
     arrays = data.load_embeddings("b.npz")
     assert arrays["item"].shape == (30, 8)
-    assert ("user" in arrays) == (method in ("random", "popular", "mmgcn", "gcnp"))
+    assert ("user" in arrays) == (method in ("popular", "mmgcn", "gcnp"))
     # Ready features are not CLIP's.
     assert arrays["meta"]["method"] == ("text+image" if method == "clip" else method)
     report = arrays["meta"]["report"]
@@ -850,7 +853,7 @@ def test_baselines_on_interactions_alone(tmp_path, capsys, monkeypatch, method):
     pairs = shop(np.random.default_rng(0))[0]
     run.write_csv(tmp_path / "bare/interactions.csv", ("user", "item"), pairs)
     code = pretrain(method, "--data", "bare", "--epochs", 2, "--lr", 0.01)
-    assert code == (0 if method in ("random", "popular", "constant", "gcnp") else 2)
+    assert code == (0 if method in ("popular", "constant", "gcnp") else 2)
     assert code == 0 or f"nothing for --method {method}" in capsys.readouterr().err
 
 
@@ -945,8 +948,8 @@ def test_curve_ends_where_finetuning_ends(shop_folder, capsys):
 
 
 def test_curve_starts_from_tables_of_its_own_split(shop_folder, capsys):
-    assert call(baselines.main, "--method", "random", "--data", "shop") == 0
-    flags = ("--init", "random.npz", "--epochs", 1, "--metrics", "curve.json")
+    assert call(baselines.main, "--method", "constant", "--data", "shop") == 0
+    flags = ("--init", "constant.npz", "--epochs", 1, "--metrics", "curve.json")
     assert call(epochs.main, *flags) == 0
     assert call(epochs.main, *flags, "--valid", 0) == 2
     assert "other training interactions" in capsys.readouterr().err
@@ -1476,6 +1479,18 @@ def test_changed_defaults_and_data_are_other_cells(tmp_path, monkeypatch):
 
     monkeypatch.setattr(mmcpr, "arguments", with_another_tau)
     assert name != Cells((), (), "abc", tmp_path, 1).cell_path(cell)
+
+
+@pytest.mark.parametrize("labels, data_flags, is_drawn", [
+    (None, (), True), ([0, 1, 2], (), False), ([0, 0, 2], (), True),
+    ([0, 1, 2], ("--keep", "0.2"), True)])
+def test_seed_has_a_split_of_its_own_where_any_of_it_is_drawn(labels, data_flags, is_drawn):
+    """Published labels may lack validation, and --keep draws from any training part."""
+    fields = dict.fromkeys(field.name for field in dataclasses.fields(Sweep))
+    labels = labels and np.array(labels, np.int8)
+    fields |= {"dataset": SimpleNamespace(labels=labels), "split_seed": 5, "new_splits": True}
+    cell = Sweep(**fields).cell(None, (), 2, data_flags)
+    assert cell.data == (("--split-seed", "7") if is_drawn else ()) + data_flags
 
 
 def test_changed_features_and_held_out_parts_are_other_cells(sweep, shop_folder):
