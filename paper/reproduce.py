@@ -19,8 +19,9 @@ A cell, one pre-training and one fine-tuning, is kept in paper/results/<data>/ce
 Pre-training is repeated for every seed, and so is the split where it is ours: seed 1 has split
 seed 1. Each system's learning rate, of the paper's grid, and the scale at which its tables are
 handed over, as they are or Xavier's, are chosen on the first seed by the validation Recall@20
-after fine-tuning. Variants of MMCPR keep MMCPR's, but `regimes`, `new-items`, `recipe` and the
-paper's recipe choose the scale alone, and `scale` compares the two.
+after fine-tuning. Variants of MMCPR keep MMCPR's; Table 3 has them with a choice of their own
+too. `regimes`, `new-items`, `recipe` and the paper's recipe choose the scale alone, and `scale`
+compares the two.
 """
 import argparse
 import os
@@ -39,9 +40,9 @@ from paper.cells import Cells
 from paper.figures import draw_bars, draw_lines, draw_points, plot
 from paper.regimes import SHARES, new_items, regimes
 from paper.sweep import (AS_IS, CONTROLS, GRID, OTHERS, P_VALUE, SCALES, SYSTEMS, XAVIER, Sweep,
-                         best_of, choose, choose_scale, control_rows, difference, gain, rms,
-                         scale_cells, scale_name, table, test_values, title_of, validation_recall,
-                         write_runs)
+                         best_of, choose, choose_scale, choose_variants, control_rows, difference,
+                         gain, rms, scale_cells, scale_name, table, test_values, title_of,
+                         validation_recall, write_runs)
 
 # Flags of mmcpr.py that leave the towers as they are drawn.
 UNTRAINED = ("--lr", "1e-9", "--epochs", "1", "--eval-every", "1")
@@ -195,24 +196,36 @@ def smallest_difference(sweep, rows):
             f"{smallest:.4f} of recall@20, {share:.1%} (1.96 standard errors).")
 
 
+ABLATIONS = {"w/o CIMA (λ = 0)": ("--lam", "0"), "w/o BCE (λ = 1)": ("--lam", "1")}
+
+
 def table3(sweep):
-    choice = choose(sweep, ["mmcpr"])["mmcpr"]
-    variants = {"w/o CIMA (λ = 0)": ("--lam", "0"), "w/o BCE (λ = 1)": ("--lam", "1"),
-                "MMCPR": ()}
-    wanted = {}
-    for name, flags in variants.items():
-        # Without items that have both text and image there is no CIMA to leave out.
-        if sweep.has_pairs or name == "MMCPR":
-            wanted[name] = (sweep.pretraining("mmcpr", *choice.rate, *flags), choice.scale)
+    variants = {"MMCPR": ("mmcpr",)}
+    # Without items that have both text and image there is no CIMA to leave out.
+    if sweep.has_pairs:
+        variants |= {name: ("mmcpr", *flags) for name, flags in ABLATIONS.items()}
+    chosen = choose_variants(sweep, variants)
+    listed = {}
+    for name in ABLATIONS:
+        if name in variants:
+            listed[name] = (name, chosen["MMCPR"])
+            # MMCPR's rate need not suit it: then it would be the rate that costs, not the loss.
+            listed[f"{name}, its own rate and scale"] = (name, chosen[name])
+    listed["MMCPR"] = ("MMCPR", chosen["MMCPR"])
+    wanted, rates, scales = {}, {}, {}
+    for row, (name, choice) in listed.items():
+        system, *flags = variants[name]
+        wanted[row] = (sweep.pretraining(system, *choice.rate, *flags), choice.scale)
+        rates[row], scales[row] = choice.rate[1], scale_name(choice.scale, False)
     rows = control_rows(sweep) | sweep.run_rows(wanted, "table 3")
-    columns = {}
+    columns = {"lr": rates, "scale": scales}
     for metric in ("recall@20", "ndcg@20"):
         gains = {}
         for name, row in rows.items():
             if name != "MMCPR":
                 gains[name] = gain(sweep, row, rows["MMCPR"], metric)
         columns[f"{metric} against MMCPR"] = gains
-    columns |= paper_column(variants, PAPER_ABLATION.get(sweep.label))
+    columns |= paper_column((*ABLATIONS, "MMCPR"), PAPER_ABLATION.get(sweep.label))
     sweep.show("table3", [*table(sweep, "Table 3", rows, columns), "", P_VALUE])
 
 

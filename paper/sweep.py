@@ -137,29 +137,36 @@ def validation_recall(found):
 
 
 def choose(sweep, systems):
-    """{system: Choice}: the learning rate and the scale of the start, by validation.
+    """{system: Choice}: the learning rate and the scale of the start, by validation."""
+    return choose_variants(sweep, {system: (system,) for system in systems})
 
-    Of all pairs the one with the best validation Recall@20 after fine-tuning, on the first seed.
-    What learns nothing has no rate, and a random start no other scale.
+
+def choose_variants(sweep, variants):
+    """{name: Choice} of {name: (system, flag, ...)}.
+
+    Of all pairs of a rate and a scale the one with the best validation Recall@20 after
+    fine-tuning, on the first seed. What learns nothing has no rate, and a random start no other
+    scale.
     """
     grid = []
-    for system in systems:
+    for name, (system, *_) in variants.items():
         rates = [("--lr", lr) for lr in sweep.rates]
         if system == "random" or system in baselines.UNTRAINED:
             rates = [()]
         for scale in scales_of(sweep, sweep.pretraining(system)):
             for rate in rates:
-                grid.append((system, Choice(rate, scale)))
+                grid.append((name, Choice(rate, scale)))
     cells = []
-    for system, choice in grid:
-        command = sweep.pretraining(system, *choice.rate)
+    for name, choice in grid:
+        system, *flags = variants[name]
+        command = sweep.pretraining(system, *choice.rate, *flags)
         cells.append(sweep.cell(command, choice.scale, sweep.seeds[0]))
     found = sweep.cells.run(cells, "learning rate and scale", may_diverge=True)
     chosen, best = {}, {}
-    for (system, choice), outcome in zip(grid, found):
+    for (name, choice), outcome in zip(grid, found):
         recall = validation_recall(outcome)
-        if system not in best or recall > best[system]:
-            chosen[system], best[system] = choice, recall
+        if name not in best or recall > best[name]:
+            chosen[name], best[name] = choice, recall
     return chosen
 
 
