@@ -55,7 +55,7 @@ def write_amazon(folder, reviews, meta):
     interactions, n_bad_reviews = read_reviews(reviews)
     bought = {row[1] for row in interactions}
     catalogue, addresses, n_bad_items = read_catalogue(meta, bought)
-    # The earliest comes to the front: of a pair's reviews data.py keeps that one.
+    # The earliest comes to the front: of a pair's reviews folders.py keeps that one.
     interactions.sort(key=lambda row: row[3])
     kept = [row[:3] for row in interactions if row[1] in catalogue]
     if not kept:
