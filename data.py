@@ -553,11 +553,16 @@ def add_feature_arguments(parser):
                        help="its open_clip tag, or a file (default: %(default)s)")
 
 
+# Options that change nothing of what is trained: where files go, what else is written.
+BESIDE = ("out", "metrics", "per_user", "recommend", "top", "all_seen", "resume",
+          "checkpoint_every")
+
+
 def training_options(args, *without):
-    """A command line's options but for the data's, which are kept apart, and `without`."""
+    """A command line's options but for the data's, which are kept apart, BESIDE and `without`."""
     options = {}
     for name, value in vars(args).items():
-        if name not in (*DATA_DEFAULTS, "amazon_url", *without):
+        if name not in (*DATA_DEFAULTS, "amazon_url", *BESIDE, *without):
             options[name] = value
     return options
 

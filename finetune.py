@@ -519,8 +519,7 @@ def finetune_and_save(args):
     if arrays is not None:
         tables = [arrays[side] for side in ("user", "item") if side in arrays]
 
-    options = data.training_options(args, "init", "resume", "checkpoint_every", "metrics", "out",
-                                    "recommend", "top", "all_seen", "per_user")
+    options = data.training_options(args, "init")
     path = f"finetune.{run.run_id(options, parts, tables)}.ckpt"
     with run.Checkpoint(path, args.resume, args.checkpoint_every) as checkpoint:
         results = list(checkpoint.results)

@@ -610,6 +610,11 @@ def print_report(report):
     print(f"RMS of the entries: {entries}")
 
 
+def is_dead(of_it):
+    """Whether a modality, of Tower.state, says next to nothing."""
+    return min(of_it["attention"], of_it["variance"]) < DEAD
+
+
 def print_modalities(side, modalities):
     """One line of a side's modalities, and one for each that says nothing."""
     texts = []
@@ -619,7 +624,7 @@ def print_modalities(side, modalities):
     nothing = "none: this side has no modality, each node has a row of its own"
     print(f"mean attention where present, {side}s: {', '.join(texts) or nothing}")
     for name, of_it in modalities.items():
-        if min(of_it["attention"], of_it["variance"]) < DEAD:
+        if is_dead(of_it):
             print(f"{name} is dead among the {side}s: its attention or its variance is below "
                   f"{DEAD:g}; try a lower --weight-decay, or leave it out by --modalities")
 
@@ -691,7 +696,7 @@ def pretrain_and_save(args):
     # Their features are made: the texts need not stay in memory.
     dataset.texts = dataset.images = dataset.reviews = None
 
-    options = data.training_options(args, "out", "resume", "checkpoint_every")
+    options = data.training_options(args)
     path = f"{args.out}.{run.run_id(options, parts, features.values())}.ckpt"
     with run.Checkpoint(path, args.resume, args.checkpoint_every) as checkpoint:
         user, item, report = pretrain(parts, features, args, args.device, checkpoint)

@@ -1278,7 +1278,7 @@ def main(argv=None):
     same_space = is_clip_space(args, dataset)
     # Vectors that are not CLIP's must not stand under its name.
     name = "text+image" if args.method == "clip" and not same_space else args.method
-    options = data.training_options(args, "out")
+    options = data.training_options(args)
     meta = {"method": name, "data": data_options, "options": options}
 
     def save(trials):

@@ -37,10 +37,6 @@ SCRIPTS = {"mmcpr.py": ["mmcpr.py"], "finetune.py": ["finetune.py"],
            "baselines.py": ["-m", "paper.baselines"]}
 MODULES = {"mmcpr.py": mmcpr, "finetune.py": finetune, "baselines.py": baselines}
 
-# Options that change nothing of what a cell finds: where files go, what else is written.
-BESIDE = ("out", "metrics", "per_user", "recommend", "top", "all_seen", "resume",
-          "checkpoint_every")
-
 # What the scripts say where the data has nothing for a cell, and where a learning rate is too
 # high.
 NOTHING = ("nothing for --method", "--lam 1 trains CIMA alone")
@@ -196,12 +192,12 @@ class Cells:
         self.used = {}  # what the present target has asked for
 
     def all_options(self, script, *flags):
-        """All options of a command, defaults too, but for BESIDE, data and device."""
+        """All options of a command, defaults too, but for data.BESIDE, data and device."""
         options = {}
         for name, value in vars(self.parsers[script].parse_args(flags)).items():
             # A data set is told by its fingerprint, so it may move. Nor does the device count,
             # although a GPU draws other numbers: a cell made there stands for one made here.
-            if name not in BESIDE and not name.startswith(("data", "device")):
+            if name not in data.BESIDE and not name.startswith(("data", "device")):
                 options[name] = value
         return [script, options]
 

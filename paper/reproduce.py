@@ -38,10 +38,10 @@ import data
 import mmcpr
 from paper.cells import Cells
 from paper.figures import draw_bars, draw_lines, draw_points, plot
-from paper.regimes import SHARES, new_items, regimes
+from paper.regimes import SHARES, new_items, regimes, run_starts
 from paper.sweep import (AS_IS, CONTROLS, GRID, OTHERS, P_VALUE, SCALES, SYSTEMS, XAVIER, Sweep,
                          best_of, choose, choose_scale, choose_variants, control_rows, difference,
-                         gain, rms, scale_cells, scale_name, table, test_values, title_of,
+                         gain, rms, scale_name, table, test_values, title_of,
                          validation_recall, write_runs)
 
 # Flags of mmcpr.py that leave the towers as they are drawn.
@@ -264,23 +264,18 @@ def recipe(sweep):
     With all of the training data and a fifth of it. Test takes no part: a recipe is chosen here.
     """
     sweep = replace(sweep, seeds=sweep.seeds[:1])
-    trials = {}
-    for share, data_flags in RECIPE_SHARES.items():
-        for name, flags in RECIPES.items():
-            command = sweep.pretraining("mmcpr", *flags)
-            trials[share, name] = scale_cells(sweep, command, data_flags)
-    sweep.cells.run([cell for cells in trials.values() for cell in cells], "recipes")
+    wanted = {name: sweep.pretraining("mmcpr", *flags) for name, flags in RECIPES.items()}
+    rows_at = run_starts(sweep, wanted, "recipes", RECIPE_SHARES)
     lines = [title_of(sweep, "Recipes"), "",
              "| share | recipe | valid recall@20 | scale | pre-training epoch | dead |",
              "|---" * 6 + "|"]
-    for (share, name), cells in trials.items():
-        found = sweep.cells.run(cells, "recipes")
-        best = int(np.argmax([validation_recall(outcome) for outcome in found]))
-        report = found[best]["report"]
-        texts = [share, name, f"{validation_recall(found[best]):.4f}",
-                 scale_name(cells[best].finetuning, False), str(report["epoch"]),
-                 ", ".join(dead_modalities(report))]
-        lines.append("| " + " | ".join(texts) + " |")
+    for share, rows in rows_at.items():
+        for name, row in rows.items():
+            cell, found = row.cells[0], row.found[0]
+            texts = [share, name, f"{validation_recall(found):.4f}",
+                     scale_name(cell.finetuning, False), str(found["report"]["epoch"]),
+                     ", ".join(dead_modalities(found["report"]))]
+            lines.append("| " + " | ".join(texts) + " |")
     lines += ["", f"dead: modalities whose attention or variance is below {mmcpr.DEAD:g}."]
     sweep.show("recipe", lines)
 
@@ -290,7 +285,7 @@ def dead_modalities(report):
     names = []
     for side, modalities in report["modalities"].items():
         for modality, of_it in modalities.items():
-            if min(of_it["attention"], of_it["variance"]) < mmcpr.DEAD:
+            if mmcpr.is_dead(of_it):
                 names.append(f"{side} {modality}")
     return names
 
