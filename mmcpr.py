@@ -390,8 +390,11 @@ def start_training(parts, features, args, device):
     return Training(model, optimizer, R, cima_items, heldout_items)
 
 
-def train_epoch(training, args):
-    """One pass over the users, in blocks: (L1 per item, L2 per positive), floats."""
+def train_epoch(training, epoch, args):
+    """One pass over the users, in blocks: (L1 per item, L2 per positive), floats.
+
+    InputError, which names the epoch, where these are not finite.
+    """
     model, optimizer, R, cima_items, _ = training
     n_users, device = R.shape[0], R.device
     batch = min(args.batch, n_users)
@@ -411,6 +414,9 @@ def train_epoch(training, args):
     l1_per_item = loss_sums[0].item() / len(blocks)
     # The sum over blocks is L2 of all users / positives_per_block; told is L2 per positive of R.
     l2_per_positive = loss_sums[1].item() * positives_per_block / len(R.col_indices())
+    if not np.isfinite(l1_per_item + l2_per_positive):
+        raise run.InputError(f"the loss is not finite at epoch {epoch}; "
+                             f"lower --lr (now {args.lr})")
     return l1_per_item, l2_per_positive
 
 
@@ -432,10 +438,7 @@ def pretrain(parts, features, args, device="cpu", checkpoint=None):
         for epoch in epochs:
             if out_of_patience(progress, args.patience):
                 break
-            l1, l2 = train_epoch(training, args)
-            if not np.isfinite(l1 + l2):
-                raise run.InputError(f"the loss is not finite at epoch {epoch}; "
-                                     f"lower --lr (now {args.lr})")
+            l1, l2 = train_epoch(training, epoch, args)
             if epoch % args.eval_every == 0 or epoch == args.epochs:
                 value, measured = validate(training, parts, epoch, args)
                 point = {"epoch": epoch, "cima": l1, "bce": l2, **measured}

@@ -654,10 +654,10 @@ def bench_pretraining_epoch(name, train, features, device, bandwidth, rate):
     of_five = training._replace(R=ops.sparse_tensor(train[:5 * BATCH], device))
 
     def epoch():
-        mmcpr.train_epoch(training, args)
+        mmcpr.train_epoch(training, 1, args)
 
     def five_steps():
-        mmcpr.train_epoch(of_five, args)
+        mmcpr.train_epoch(of_five, 1, args)
 
     n_steps = -(-train.shape[0] // BATCH)
     floor = pretraining_floor(model, train, bandwidth, rate)
