@@ -104,8 +104,8 @@ class Parts(NamedTuple):
 def hold_out_items(part, dataset, share, seed):
     """(part, new items int64): of a share of the items every interaction goes to TEST.
 
-    Nothing of them is left to train on or to validate, and the test interactions of the other
-    items are DROPPED, as are those of users who are left without training.
+    Nothing of them is left to train on or to validate. The test interactions of the other items
+    are DROPPED, and so is all of users who are left without training.
     """
     users, n_items = dataset.users, dataset.n_items
     new_items = np.random.default_rng(seed).permutation(n_items)[:round(share * n_items)]
@@ -113,7 +113,7 @@ def hold_out_items(part, dataset, share, seed):
     part = np.where(part == TEST, DROPPED, part)
     part[is_new] = TEST
     has_training = np.isin(users, users[part == TRAIN])
-    part[(part == TEST) & ~has_training] = DROPPED
+    part[np.isin(part, (VALID, TEST)) & ~has_training] = DROPPED
     return part, np.sort(new_items)
 
 

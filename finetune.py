@@ -209,7 +209,7 @@ def finetune(parts, init, args, seed, device="cpu", checkpoint=None):
             values = [point["recall@20"] for point in progress["history"]]
             if has_valid and out_of_patience(values, args.patience):
                 break
-            # Epoch 0 is the tables as given: it is only evaluated.
+            # Epoch 0 is LightGCN over the tables as given: it is only evaluated.
             mean_loss = None
             if epoch > 0:
                 mean_loss = train_epoch(training, epoch, args)
@@ -272,13 +272,13 @@ def out_of_patience(values, patience):
     since then. From a random start the first is the lowest: MixGCF's rule. A pre-trained start
     falls before it rises above itself, and would be stopped on its way up.
     """
-    waited, lowest, highest = 0, np.inf, np.inf
+    waited, lowest, best_since = 0, np.inf, np.inf
     for count, value in enumerate(values, 1):
         if count <= patience and value < lowest:
             # Still falling: what counts as a gain is measured from here.
-            lowest, highest, waited = value, value, 0
-        elif value > highest:
-            highest, waited = value, 0
+            lowest, best_since, waited = value, value, 0
+        elif value > best_since:
+            best_since, waited = value, 0
         else:
             waited += 1
     return waited >= patience
@@ -393,12 +393,12 @@ def print_spread(results):
         print(f"validation Recall@20, to choose by: {np.mean(values):.4f}"
               + (f" ± {np.std(values, ddof=1):.4f}" if len(values) > 1 else ""))
     if any(training_brought_nothing(result) for result in results):
-        print("epoch 0: on validation no training was better than the tables as given; "
-              "try a lower --lr")
+        print("epoch 0: on validation no training was better than LightGCN over the tables as "
+              "given; try a lower --lr")
 
 
 def training_brought_nothing(result):
-    """Whether validation chose the tables as given. A Recall of 1 has nothing above it."""
+    """Whether validation chose LightGCN over the tables as given. A Recall of 1 has nothing above it."""
     if result["epoch"] > 0 or result["epochs_run"] == 0 or not result["valid"]:
         return False
     return result["valid"]["recall@20"] < 1

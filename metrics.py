@@ -24,7 +24,7 @@ def rank(user, item, seen, k, users=None):
     -inf in the tail.
     """
     # In 64 bits, also on Windows: find makes keys u n_items + i of them.
-    users = np.arange(len(user), dtype=np.int64) if users is None else np.int64(users)
+    users = np.arange(len(user), dtype=np.int64) if users is None else users.astype(np.int64)
     k = min(k, len(item))
     chunk_scores = CHUNK_SCORES_GPU if user.is_cuda else CHUNK_SCORES
     chunk_users = max(1, chunk_scores // len(item))
@@ -83,12 +83,12 @@ def find(user, item, seen, truth, top):
     place = torch.zeros(len(keys), dtype=torch.int64, device=device)
     position = torch.arange(1, top + 1, device=device)                                   # [top]
     for chunk, _, ranked in rank(user, item, seen, top, users[run.my_share()]):
-        query = torch.from_numpy(chunk).to(device)[:, None] * n_items + ranked        # [c, top]
-        entry = torch.searchsorted(keys, query).clamp_(max=len(keys) - 1)
-        is_hit = keys[entry] == query
-        # An entry is found at one position at most; what is no hit adds 0 somewhere.
-        found = is_hit * position[:is_hit.shape[1]]
-        place.index_add_(0, entry.flatten(), found.flatten())
+        ranked_keys = torch.from_numpy(chunk).to(device)[:, None] * n_items + ranked  # [c, top]
+        entry = torch.searchsorted(keys, ranked_keys).clamp_(max=len(keys) - 1)
+        is_hit = keys[entry] == ranked_keys
+        # An entry is hit at one position at most; what is no hit adds 0 to some entry.
+        hit_position = is_hit * position[:is_hit.shape[1]]
+        place.index_add_(0, entry.flatten(), hit_position.flatten())
     return run.all_sum(place).cpu().numpy()
 
 

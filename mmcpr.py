@@ -241,12 +241,14 @@ class Tower(nn.Module):
             projected = (projected * present[:, :, None]).double()
             total += projected.sum(0)                                                   # [M, d]
             square += projected.square().sum((0, 2))                                       # [M]
-        variance = (square / n - (total / n[:, None]).square().sum(1)).clamp(min=0)
-        values = zip((attention / n).tolist(), (cut / n).tolist(), variance.tolist())
+        # The mean of |e'|^2 minus |the mean of e'|^2.
+        variance = (square / n - (total / n[:, None]).square().sum(1)).clamp(min=0)        # [M]
         state = {}
-        for name, somebody_has_it, of_it in zip(self.modalities, self.present.any(0), values):
-            if somebody_has_it:
-                state[name] = dict(zip(("attention", "cut", "variance"), of_it))
+        for m, name in enumerate(self.modalities):
+            if self.present[:, m].any():
+                state[name] = {"attention": (attention[m] / n[m]).item(),
+                               "cut": (cut[m] / n[m]).item(),
+                               "variance": variance[m].item()}
         return state
 
 
@@ -283,7 +285,7 @@ class MMCPR(nn.Module):
 
     R: CSR [n_users, n_items]; features: {"R": [n_users, d_m], "T", "V": [n_items, d_m]}, any
     subset; use_graphs: whether there is modality G; bias: "global", one number, or "none", as in
-    Eq. 15; known_items: int64, those that Eq. 15 scores, None: all. `objective` below is what is
+    Eq. 15; known_items: int64, those that both losses see, None: all. `objective` below is what is
     computed in a step.
     """
 
@@ -313,10 +315,13 @@ class MMCPR(nn.Module):
         self.to(device)
 
     def items_with_pair(self):
-        """The items that have both text and image, int64 [N]: those that CIMA aligns."""
+        """The known items that have both text and image, int64 [N]: those that CIMA aligns."""
         if self.item_tower.modalities[:2] != ["T", "V"]:  # they come before G
             return torch.empty(0, dtype=torch.int64)
-        return self.item_tower.present[:, :2].all(1).nonzero()[:, 0]
+        has_pair = self.item_tower.present[:, :2].all(1)                           # [n_items]
+        is_known = torch.zeros_like(has_pair)
+        is_known[self.known_items] = True
+        return (has_pair & is_known).nonzero()[:, 0]
 
     def embed(self):
         """(user [n_users, d], item [n_items, d])."""
@@ -358,8 +363,8 @@ def objective(model, R, users, cima_items, positives_per_block, lam=0.2, tau=0.1
         rows, cols = ops.row_entries(R, users)
         l2 = ops.bce(user, item, bias, rows, cols)                                      # (Eq. 15)
         l2_per_positive = l2 / positives_per_block
-    cima_term = lam * l1_per_item * len(cima_items) / positives_per_block
-    loss = cima_term + (1 - lam) * l2_per_positive                                      # (Eq. 16)
+    l1 = l1_per_item * len(cima_items)  # Eq. 11 is a sum over items
+    loss = lam * l1 / positives_per_block + (1 - lam) * l2_per_positive                 # (Eq. 16)
     return l1_per_item, l2_per_positive, loss
 
 
@@ -371,7 +376,7 @@ class Training(NamedTuple):
     optimizer: torch.optim.Optimizer
     R: torch.Tensor              # CSR [n_users, n_known_items]: the training interactions
     cima_items: torch.Tensor     # int64 [N]: what CIMA trains on
-    heldout_items: torch.Tensor  # int64: with lam 1 its held-out items choose the epoch
+    heldout_items: torch.Tensor  # int64: left out of it to choose the epoch by, with lam 1
 
 
 def start_training(parts, features, args, device):
@@ -412,7 +417,7 @@ def train_epoch(training, epoch, args):
         optimizer.step()
         loss_sums += run.all_sum(torch.stack([l1, l2]).detach())
     l1_per_item = loss_sums[0].item() / len(blocks)
-    # The sum over blocks is L2 of all users / positives_per_block; told is L2 per positive of R.
+    # loss_sums[1] is L2 of all users / positives_per_block; returned is L2 / nnz(R).
     l2_per_positive = loss_sums[1].item() * positives_per_block / len(R.col_indices())
     if not np.isfinite(l1_per_item + l2_per_positive):
         raise run.InputError(f"the loss is not finite at epoch {epoch}; "
@@ -463,7 +468,7 @@ def record(progress, point, value, model, popularity):
     """Notes a validation in `progress`, and the model's weights where it is the best so far."""
     progress["history"].append(point)
     # First the model learns how popular items are, and validation stands still. Patience starts
-    # when it knows more than that.
+    # when it knows more than that. (With lam 1 there is no BCE: at once.)
     if progress["beat_popularity_at"] is None and point["bce"] < CLEARLY_BELOW * popularity:
         progress["beat_popularity_at"] = point["epoch"]
     # The epoch is chosen on validation; test is not looked at here.
@@ -660,10 +665,11 @@ def arguments():
     add("--layers", type=run.non_negative, help="LightGCN layers of the graph encoder")
     add("--dim", type=run.positive, help="width d of the common space")
     add("--lr", type=float, help="Adam's learning rate")
-    add("--weight-decay", type=float, help="Adam's is this times (1 - lam) / interactions")
+    add("--weight-decay", type=float, help="Adam's is this times (1 - lam) / training interactions")
     add("--batch", type=run.positive, help="users in a block, items in CIMA's N x N")
     add("--epochs", type=run.positive, help="at most; one is a pass over the users")
-    add("--patience", type=run.positive, help="epochs without a better validation Recall@20")
+    add("--patience", type=run.positive,
+        help="epochs without a better validation, once popularity is beaten")
     add("--eval-every", type=run.positive, help="epochs between two validations")
     add("--seed", type=run.non_negative, default=0)
     add("--device", type=run.device_name, default="auto")

@@ -203,10 +203,11 @@ def row_entries(R, users):
     start = R.crow_indices()[users].long()                                                # [B]
     n_entries = R.crow_indices()[users + 1].long() - start
     rows = torch.arange(len(users), device=users.device).repeat_interleave(n_entries)
-    # Entry k of the block is entry k - block_start + start of R, both of its row.
+    # Entry k of the block is number k - block_start of its row, which begins at start in R.
     block_start = n_entries.cumsum(0) - n_entries
-    number = torch.arange(len(rows), device=users.device)
-    return rows, R.col_indices()[number + (start - block_start)[rows]].long()
+    k = torch.arange(len(rows), device=users.device)
+    entry = k - block_start[rows] + start[rows]
+    return rows, R.col_indices()[entry].long()
 
 
 def bce_plain(user, item, bias, rows, cols):

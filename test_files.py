@@ -24,6 +24,7 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -515,6 +516,25 @@ def test_new_items_are_tested_and_nothing_else(tmp_path, capsys):
     for name in ("train", "valid"):
         want = (getattr(usual, name).toarray() > 0) & ~is_new
         assert np.array_equal(getattr(parts, name).toarray() > 0, want)
+
+
+def test_users_without_training_take_no_part_beside_new_items():
+    """All of a user whose training items become new is dropped, validation and test."""
+    users, items = np.array([0, 0, 0, 1, 1, 2]), np.array([0, 1, 2, 1, 3, 0])
+    dataset = SimpleNamespace(users=users, items=items, n_items=4)
+    part = np.array([data.TRAIN, data.VALID, data.TEST, data.TRAIN, data.VALID, data.TRAIN])
+    drawn = set()
+    for seed in range(20):
+        got, new_items = data.hold_out_items(part, dataset, 0.25, seed)
+        drawn.update(new_items.tolist())
+        for user in range(3):
+            labels = got[users == user]
+            if data.TRAIN in labels:
+                is_new = np.isin(items[users == user], new_items)
+                assert np.array_equal(labels == data.TEST, is_new)
+            else:
+                assert np.all(labels == data.DROPPED)
+    assert 0 in drawn  # then all training of two users is gone
 
 
 def test_new_items_are_a_share_of_the_whole_catalogue(tmp_path):

@@ -733,6 +733,15 @@ def test_new_items_are_nobodys_negatives():
     assert not model.item_tower.fallback.grad[[2, 7]].any()
 
 
+def test_new_items_are_no_part_of_cima():
+    rng = np.random.default_rng(4)
+    features = {"T": rng.normal(size=(12, 5)), "V": rng.normal(size=(12, 5))}
+    features["V"][3] = np.nan
+    known = np.setdiff1d(np.arange(12), [2, 7])
+    model = mmcpr.MMCPR(binary(rng, 20, 12, 0.3), features, True, 4, known_items=known)
+    assert model.items_with_pair().tolist() == [0, 1, 4, 5, 6, 8, 9, 10, 11]
+
+
 def test_new_items_are_ranked_among_themselves(trained, capsys):
     """From the contents, which know the planted tastes, better than by chance."""
     flags = ("--data", "shop", "--new-items", 0.5)

@@ -25,16 +25,17 @@ def user_table(runs, user_ids, metric):
 class Difference(NamedTuple):
     """Of two means of a metric."""
     mean: float
-    error: float  # its standard error
-    p: float      # two-sided
+    error: float     # its standard error
+    p: float         # two-sided
+    smallest: float  # the mean from which on p would be below .05
 
 
 def paired_bootstrap(ours, other, n_draws=4000):
     """Difference of two user_tables of the same runs: mean over users, then over runs.
 
     Users are drawn with replacement, a drawn one with all of its runs, and the same for both
-    systems. Each draw gets normal noise, of what the runs' means vary beyond what their users
-    explain: three runs are too few to be drawn from. With one run that part is not known, and left
+    systems: that is how far the mean depends on who the users are. How far it depends on the runs,
+    their means say: each draw gets noise of that size. With one run it is not known, and left
     out. p: twice the share of draws of the other sign.
     """
     gap = ours - other                                                       # [n_runs, n_users]
@@ -54,28 +55,35 @@ def paired_bootstrap(ours, other, n_draws=4000):
         means = weight @ gap.T / np.maximum(weight @ is_tested.T, 1)              # [n, n_runs]
         draws.append(means.mean(1))
     draws = np.concatenate(draws)
-    draws += rng.normal(size=n_draws) * np.sqrt(run_variance(gap, is_tested) / n_runs)
     mean = (gap.sum(1) / is_tested.sum(1)).mean()
+    error = draws.std()
+    if n_runs > 1:
+        of_runs, of_both = run_variances(gap, is_tested)
+        # A user's gaps that differ from run to run are in the runs' means already.
+        of_users = max(0.0, draws.var() - of_both / n_runs)
+        error = np.sqrt(of_users + of_runs / n_runs)
+        draws = mean + (draws - mean) * np.sqrt(of_users / max(draws.var(), 1e-300))
+        # Student's t: the variance of three means is a rough estimate itself.
+        draws += rng.standard_t(n_runs - 1, size=n_draws) * np.sqrt(of_runs / n_runs)
     n_other_sign = min(np.sum(draws <= 0), np.sum(draws >= 0))
     p = min(1, 2 * (1 + n_other_sign) / (1 + n_draws))
-    return Difference(float(mean), float(draws.std()), float(p))
+    low, high = np.quantile(draws, (0.025, 0.975))
+    return Difference(float(mean), float(error), float(p), float(high - low) / 2)
 
 
-def run_variance(gap, is_tested):
-    """The variance of runs' means beyond that of their users (two-way analysis of variance).
+def run_variances(gap, is_tested):
+    """(variance of the runs' means, the part of it that users bring), a two-way analysis.
 
     gap [n_runs, n_users], 0 where not tested. A user's gaps differ from run to run, which makes
-    the runs' means differ even if no run is better than another: that much is taken off.
+    the runs' means differ even if no run is better than another: that is the part.
     """
-    if len(gap) < 2:
-        return 0.0
     n_tested = is_tested.sum(1)
     of_run = gap.sum(1) / n_tested                                                  # [n_runs]
     of_user = gap.sum(0) / is_tested.sum(0)                                        # [n_users]
     residual = np.where(is_tested, gap - of_user - (of_run - of_run.mean())[:, None], 0)
     freedom = max(1, n_tested.sum() - gap.shape[1] - len(gap) + 1)
-    noise = (residual ** 2).sum() / freedom * (1 / n_tested).mean()
-    return max(0.0, of_run.var(ddof=1) - noise)
+    of_both = (residual ** 2).sum() / freedom * (1 / n_tested).mean()
+    return of_run.var(ddof=1), of_both
 
 
 # --- Who gains ----------------------------------------------------------------------------

@@ -88,6 +88,9 @@ def main(argv=None):
         run.check_outputs([args.figure], args.curves)
         draw(args.figure, args.curves)
         return
+    if len(args.seeds) > 1 or args.resume or args.out or args.recommend or args.per_user:
+        raise run.InputError("paper.epochs trains one seed and writes --metrics alone; leave out "
+                             "--resume, --out, --recommend, --per-user and further --seeds")
     finetune.check_arguments(args)
     if not args.metrics:
         raise run.InputError("--metrics must say where the curve goes")

@@ -80,7 +80,8 @@ def draw(path, curves_of):
     # A data set may lack a start.
     handles = {}
     for axis in axes:
-        handles |= dict(zip(*reversed(axis.get_legend_handles_labels())))
+        lines, labels = axis.get_legend_handles_labels()
+        handles |= dict(zip(labels, lines))
     figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=4, frameon=False)
     # Two lines of legend, of a figure that is 3.6 inches high for each row of panels.
     figure.tight_layout(rect=(0, 0.45 / figure.get_figheight(), 1, 1))

@@ -6,7 +6,7 @@ import numpy as np
 
 from paper import compare
 from paper.figures import draw_lines, plot
-from paper.sweep import (CONTROLS, P_VALUE, SYSTEMS, best_of, choose_scale, gain, scale_cells,
+from paper.sweep import (CONTROLS, SYSTEMS, best_of, choose_scale, gain, p_note, scale_cells,
                          scale_name, table_lines, test_values, title_of)
 
 SHARES = (".1", ".2", ".4", ".7", "1")
@@ -30,10 +30,10 @@ def starts(sweep):
 def run_starts(sweep, wanted, title, splits):
     """run_rows of {name: pretraining} at the scale that validation chooses, for each split.
 
-    splits: {name of a split: flags of the data}. Returns {name of a split: its rows}. All that
-    can run side by side does: first the choice, then the rows.
+    splits: {name of a split: flags of the data}. Returns {name of a split: its rows}. A cell that
+    is there is only read. So that many run side by side, the trials of all splits come first,
+    then all of their rows; the last loop finds everything there.
     """
-    # Both calls of cells.run only see to it that all is there; what follows them reads it.
     trials = []
     for data_flags in splits.values():
         for command in wanted.values():
@@ -66,7 +66,7 @@ def regimes(sweep):
         lines += regime_lines(sweep, kept, rows)
     for kept, rows in rows_at.items():
         lines += who_lines(sweep, kept, rows)
-    lines.append(P_VALUE)
+    lines.append(p_note(sweep))
     sweep.show("regimes", lines)
     panels = {}
     for metric in ("recall@20", "ndcg@20"):
@@ -83,14 +83,16 @@ def regime_lines(sweep, kept, rows):
     """Lines of Markdown of one share: the metrics, and what each row gains."""
     controls = {name: rows[name] for name in CONTROLS}
     best = best_of(controls, "recall@20")
-    over_best, over_random, scales = {}, {}, {}
+    over_best, over_random, scales, epochs = {}, {}, {}, {}
     for name, row in rows.items():
+        epochs[name] = " ".join(str(found["finetune"]["epoch"]) for found in row.found)
         scales[name] = scale_name(row.cells[0].finetuning, name == "Random")
         if name != best:
             over_best[name] = gain(sweep, row, rows[best], "recall@20")
         if name != "Random":
             over_random[name] = gain(sweep, row, rows["Random"], "recall@20")
-    columns = {f"recall@20 over {best}": over_best, "over Random": over_random, "scale": scales}
+    columns = {f"recall@20 over {best}": over_best, "over Random": over_random, "scale": scales,
+               "epochs of fine-tuning": epochs}
     return [f"## Share {kept}", "", *table_lines(rows, columns), ""]
 
 
@@ -167,4 +169,4 @@ def new_items(sweep):
             text = gain(sweep, rows[f"MMCPR, {how}"], rows[f"w/o CIMA (λ = 0), {how}"],
                         "recall@20")
             lines.append(f"- {how}: MMCPR over MMCPR without CIMA, recall@20 {text}")
-    sweep.show("new-items", [*lines, "", P_VALUE])
+    sweep.show("new-items", [*lines, "", p_note(sweep)])

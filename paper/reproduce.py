@@ -39,9 +39,9 @@ import mmcpr
 from paper.cells import Cells
 from paper.figures import draw_bars, draw_lines, draw_points, plot
 from paper.regimes import SHARES, new_items, regimes, run_starts
-from paper.sweep import (AS_IS, CONTROLS, GRID, OTHERS, P_VALUE, SCALES, SYSTEMS, XAVIER, Sweep,
-                         best_of, choose, choose_scale, choose_variants, control_rows, difference,
-                         gain, rms, scale_name, table, test_values, title_of,
+from paper.sweep import (AS_IS, CONTROLS, GRID, OTHERS, SCALES, SYSTEMS, XAVIER, Sweep, best_of,
+                         choose, choose_scale, choose_variants, control_rows, difference, gain,
+                         p_note, rms, scale_name, table, test_values, title_of,
                          validation_recall, write_runs)
 
 # Flags of mmcpr.py that leave the towers as they are drawn.
@@ -134,8 +134,8 @@ def table2(sweep):
             text = gain(sweep, rows[shuffled], rows["MMCPR"], metric)
             lines.append(f"- {shuffled}, {metric}: over MMCPR, {text}")
     lines += ["", smallest_difference(sweep, rows), "",
-              f"{P_VALUE} The best control and the best other are the best on test. users: where a "
-              "system brings none, fine-tuning starts them at random."]
+              f"{p_note(sweep)} The best control and the best other are the best on test. users: "
+              "where a system brings none, fine-tuning starts them at random."]
     sweep.show("table2", lines)
 
 
@@ -196,11 +196,10 @@ def comparison(sweep, name, rows, controls, others, metric):
 
 def smallest_difference(sweep, rows):
     """One line: what difference these users and seeds can tell from none."""
-    found = difference(sweep, rows["MMCPR"], rows["Random"], "recall@20")
-    smallest = 1.96 * found.error
+    smallest = difference(sweep, rows["MMCPR"], rows["Random"], "recall@20").smallest
     share = smallest / test_values(rows["Random"], "recall@20").mean()
     return (f"The smallest difference to Random that these users and seeds tell from none: "
-            f"{smallest:.4f} of recall@20, {share:.1%} (1.96 standard errors).")
+            f"{smallest:.4f} of recall@20, {share:.1%}.")
 
 
 def table3(sweep):
@@ -214,7 +213,8 @@ def table3(sweep):
         if name in variants:
             listed[name] = (name, chosen["MMCPR"])
             # MMCPR's rate need not suit it: then it would be the rate that costs, not the loss.
-            listed[f"{name}, its own rate and scale"] = (name, chosen[name])
+            if chosen[name] != chosen["MMCPR"]:
+                listed[f"{name}, its own rate and scale"] = (name, chosen[name])
     listed["MMCPR"] = ("MMCPR", chosen["MMCPR"])
     wanted, rates, scales = {}, {}, {}
     for row, (name, choice) in listed.items():
@@ -230,7 +230,7 @@ def table3(sweep):
                 gains[name] = gain(sweep, row, rows["MMCPR"], metric)
         columns[f"{metric} against MMCPR"] = gains
     columns |= paper_column((*ABLATIONS, "MMCPR"), PAPER_ABLATION.get(sweep.label))
-    sweep.show("table3", [*table(sweep, "Table 3", rows, columns), "", P_VALUE])
+    sweep.show("table3", [*table(sweep, "Table 3", rows, columns), "", p_note(sweep)])
 
 
 def scale_of_start(sweep):
@@ -481,15 +481,13 @@ def arguments():
 
 
 def check_arguments(args):
-    if len(set(args.seeds)) < len(args.seeds):
-        raise run.InputError("--seeds names one twice")
-    if len(set(map(float, args.rates))) < len(args.rates):
-        raise run.InputError("--rates names one twice")
+    for flag, values in (("--seeds", args.seeds), ("--rates", args.rates),
+                         ("--shares", args.shares)):
+        if len(set(map(float, values))) < len(values):
+            raise run.InputError(f"{flag} names one twice")
     if args.keep is not None or args.new_items is not None:
         raise run.InputError("--keep and --new-items are set by the targets regimes and new-items; "
                              "leave them out")
-    if len(set(map(float, args.shares))) < len(args.shares):
-        raise run.InputError("--shares names one twice")
     if args.valid == 0:
         raise run.InputError("--valid 0 leaves nothing to choose learning rate and scale by")
 

@@ -31,9 +31,6 @@ SCALES = {"asis": AS_IS, "xavier": XAVIER}
 # The tables themselves are ranked: a popularity is no start.
 NOT_TUNED = ("--layers", "0", "--epochs", "0")
 
-P_VALUE = ("± after a metric: standard deviation over seeds; after a gain: its standard error. p: "
-           "paired bootstrap over users and seeds, uncorrected.")
-
 
 # --- Rows of cells ------------------------------------------------------------------------
 
@@ -226,6 +223,15 @@ def gain(sweep, ours, other, metric):
     base = test_values(other, metric).mean()
     p = "p < 0.001" if found.p < 0.001 else f"p = {found.p:.3f}"
     return f"{100 * found.mean / base:+.1f} % ± {100 * found.error / base:.1f} ({p})"
+
+
+def p_note(sweep):
+    """What ± and p mean, as it stands under a table."""
+    if len(sweep.seeds) == 1:
+        return ("± after a gain: its standard error. p: paired bootstrap over users, uncorrected; "
+                "what seeds differ by is not in it.")
+    return ("± after a metric: standard deviation over seeds; after a gain: its standard error. "
+            "p: paired bootstrap over users and seeds, uncorrected.")
 
 
 def best_of(rows, metric):

@@ -909,6 +909,22 @@ def test_error_of_the_bootstrap_is_the_spread_of_the_mean(of_user, of_run, noise
     assert np.sqrt(np.mean(np.square(errors))) == pytest.approx(np.std(means), rel=0.25)
 
 
+@pytest.mark.parametrize("of_user, of_run, noise",
+                         [(1, 0, 0.1), (0.5, 0.2, 1), (0, 0.1, 1), (0, 0.4, 1)])
+def test_p_is_below_a_twentieth_as_rarely_as_it_says(of_user, of_run, noise):
+    """Made-up experiments of three runs without any difference, that vary by users and by run."""
+    rng = np.random.default_rng(3)
+    ps = []
+    for _ in range(400):
+        gap = noise * rng.normal(size=(3, 200)) + of_user * rng.normal(size=200)
+        gap += of_run * rng.normal(size=(3, 1))
+        found = compare.paired_bootstrap(gap, np.zeros((3, 200)), n_draws=400)
+        ps.append(found.p)
+        # Below .05 where the mean is above the smallest that is told from none.
+        assert (found.p < 0.05) == (abs(found.mean) > found.smallest) or 0.02 < found.p < 0.08
+    assert 0.02 <= np.mean(np.array(ps) < 0.05) <= 0.08
+
+
 def test_bootstrap_leaves_out_who_is_not_tested():
     rng = np.random.default_rng(1)
     ours, other = rng.normal(size=(2, 2, 50))
@@ -965,6 +981,8 @@ def test_curve_is_not_written_over_the_data(shop_folder, capsys):
 @pytest.mark.parametrize("flags, words", [
     ((), "--metrics must say where"), (("--figure", "f.png"), "name some"),
     (("--figure", "f.png", "no.json"), "no.json: not there"),
+    (("--metrics", "c.json", "--seeds", 0, 1), "further --seeds"),
+    (("--metrics", "c.json", "--out", "o.npz"), "--out"),
     (("--metrics", "c.json", "--lr", 1e30, "--valid", 0), "not finite at epoch")])
 def test_curve_that_is_not_there(shop_folder, capsys, flags, words):
     assert call(epochs.main, "--data", "shop", "--epochs", 2, *flags) == 2
@@ -1199,9 +1217,10 @@ def test_every_run_stands_in_the_csv_once(all_targets):
     assert ("random", "finetune.py", "1") in by_command
 
 
-def test_learning_rate_and_scale_are_the_validations_choice(sweep):
-    """MMCPR's for its variants too, and beside them those of each variant's own choice."""
-    assert sweep.target("table3", "--seeds", 3, "--rates", "1e-3", "1e-1") == 0
+@pytest.mark.parametrize("seed, has_own", [(2, True), (3, False)])
+def test_learning_rate_and_scale_are_the_validations_choice(sweep, seed, has_own):
+    """MMCPR's for its variants too, and beside them a variant's own, where that is another."""
+    assert sweep.target("table3", "--seeds", seed, "--rates", "1e-3", "1e-1") == 0
     trials = {}
     for cell in read_cells():
         # The controls are rows too.
@@ -1226,7 +1245,10 @@ def test_learning_rate_and_scale_are_the_validations_choice(sweep):
     assert is_best(ours, ())
     for name, flags in reproduce.ABLATIONS.items():
         assert shown(name, flags) == ours
-        assert is_best(shown(f"{name}, its own rate and scale", flags), flags)
+        own = f"{name}, its own rate and scale"
+        assert bool(table_row("table3", own)) == has_own
+        choice = shown(own, flags) if has_own else ours
+        assert is_best(choice, flags) and (choice != ours) == has_own
     # Both scales start from the same tables.
     trained = [c for c in sweep.ran_script("mmcpr.py") if not {"--lam", "none"} & set(c)]
     assert len(trained) == 2
