@@ -93,7 +93,14 @@ def regime_lines(sweep, kept, rows):
             over_random[name] = gain(sweep, row, rows["Random"], "recall@20")
     columns = {f"recall@20 over {best}": over_best, "over Random": over_random, "scale": scales,
                "epochs of fine-tuning": epochs}
-    return [f"## Share {kept}", "", *table_lines(rows, columns), ""]
+    lines = [f"## Share {kept}", "", *table_lines(rows, columns), ""]
+    for name, row in rows.items():
+        if name.startswith("Contents alone"):
+            for metric in ("recall@20", "ndcg@20"):
+                lines.append(f"- {name}, {metric}: over MMCPR, "
+                             + gain(sweep, row, rows["MMCPR"], metric))
+            lines.append("")
+    return lines
 
 
 def who_lines(sweep, kept, rows):

@@ -1440,13 +1440,14 @@ def test_systems_and_scales_that_are_left_out(sweep):
 
 def test_gain_is_relative_and_paired(all_targets):
     """Of two rows of a table: the difference of their means, over the other's mean."""
-    lines = (FOLDER / "table2.md").read_text().splitlines()
-    for name, other, words in (
-            ("MMCPR", "Random", "(?:over Random|best control, Random,)"),
-            ("MMCPR, contents shuffled", "MMCPR", "over MMCPR,")):
+    for table, name, other, words in (
+            ("table2", "MMCPR", "Random", "(?:over Random|best control, Random,)"),
+            ("table2", "MMCPR, contents shuffled", "MMCPR", "over MMCPR,"),
+            ("regimes", "Contents alone (RTV)", "MMCPR", "over MMCPR,")):
+        lines = (FOLDER / f"{table}.md").read_text().splitlines()
         line = next(line for line in lines if line.startswith(f"- {name}, recall@20: "))
-        ours = float(table_row("table2", name)[1].split()[0])
-        theirs = float(table_row("table2", other)[1].split()[0])
+        ours = float(table_row(table, name)[1].split()[0])
+        theirs = float(table_row(table, other)[1].split()[0])
         said = re.search(words + r" ([+-][\d.]+) % ± [\d.]+ \(p", line)
         assert float(said[1]) == pytest.approx(100 * (ours / theirs - 1), abs=0.1)
 
