@@ -34,9 +34,10 @@ def paired_bootstrap(ours, other, n_draws=4000):
     """Difference of two user_tables of the same runs: mean over users, then over runs.
 
     Users are drawn with replacement, a drawn one with all of its runs, and the same for both
-    systems: that is how far the mean depends on who the users are. How far it depends on the runs,
-    their means say: each draw gets noise of that size. With one run it is not known, and left
-    out. p: twice the share of draws of the other sign.
+    systems. Each draw gets normal noise, of what the runs' means vary beyond what their users
+    explain. Of three runs that is hardly known: each draw has a value of its own, one that could
+    be the true one. With one run it is not known at all, and left out. p: twice the share of draws
+    of the other sign.
     """
     gap = ours - other                                                       # [n_runs, n_users]
     gap = gap[:, ~np.isnan(gap).all(0)]
@@ -55,16 +56,15 @@ def paired_bootstrap(ours, other, n_draws=4000):
         means = weight @ gap.T / np.maximum(weight @ is_tested.T, 1)              # [n, n_runs]
         draws.append(means.mean(1))
     draws = np.concatenate(draws)
-    mean = (gap.sum(1) / is_tested.sum(1)).mean()
     error = draws.std()
     if n_runs > 1:
-        of_runs, of_both = run_variances(gap, is_tested)
-        # A user's gaps that differ from run to run are in the runs' means already.
-        of_users = max(0.0, draws.var() - of_both / n_runs)
-        error = np.sqrt(of_users + of_runs / n_runs)
-        draws = mean + (draws - mean) * np.sqrt(of_users / max(draws.var(), 1e-300))
-        # Student's t: the variance of three means is a rough estimate itself.
-        draws += rng.standard_t(n_runs - 1, size=n_draws) * np.sqrt(of_runs / n_runs)
+        of_runs, of_users = run_variances(gap, is_tested)
+        error = np.sqrt(draws.var() + max(0, of_runs - of_users) / n_runs)
+        # A variance of n means is the true one times chi-square / (n - 1).
+        true_one = of_runs * (n_runs - 1) / rng.chisquare(n_runs - 1, size=n_draws)
+        beyond_users = np.maximum(0, true_one - of_users)
+        draws += rng.normal(size=n_draws) * np.sqrt(beyond_users / n_runs)
+    mean = (gap.sum(1) / is_tested.sum(1)).mean()
     n_other_sign = min(np.sum(draws <= 0), np.sum(draws >= 0))
     p = min(1, 2 * (1 + n_other_sign) / (1 + n_draws))
     low, high = np.quantile(draws, (0.025, 0.975))
@@ -82,8 +82,8 @@ def run_variances(gap, is_tested):
     of_user = gap.sum(0) / is_tested.sum(0)                                        # [n_users]
     residual = np.where(is_tested, gap - of_user - (of_run - of_run.mean())[:, None], 0)
     freedom = max(1, n_tested.sum() - gap.shape[1] - len(gap) + 1)
-    of_both = (residual ** 2).sum() / freedom * (1 / n_tested).mean()
-    return of_run.var(ddof=1), of_both
+    of_users = (residual ** 2).sum() / freedom * (1 / n_tested).mean()
+    return of_run.var(ddof=1), of_users
 
 
 # --- Who gains ----------------------------------------------------------------------------
