@@ -1,4 +1,4 @@
-"""Figures with one panel per title, of {title: {curve: (x, per x one value of each seed)}}."""
+"""Figures with matplotlib: panels side by side, error bars over seeds, into a PNG."""
 import run  # before the libraries: from here on Ctrl-C ends in one line
 
 import numpy as np
