@@ -398,7 +398,7 @@ def print_spread(results):
 
 
 def training_brought_nothing(result):
-    """Whether validation chose LightGCN over the tables as given. A Recall of 1 has nothing above it."""
+    """Whether validation chose epoch 0. A Recall of 1 has nothing above it."""
     if result["epoch"] > 0 or result["epochs_run"] == 0 or not result["valid"]:
         return False
     return result["valid"]["recall@20"] < 1
