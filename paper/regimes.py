@@ -7,7 +7,7 @@ import numpy as np
 from paper import compare
 from paper.figures import draw_lines, plot
 from paper.sweep import (CONTROLS, SYSTEMS, best_of, choose_scale, gain, p_note, scale_cells,
-                         scale_name, table_lines, test_values, title_of)
+                         scale_name, smallest_difference, table_lines, test_values, title_of)
 
 SHARES = (".1", ".2", ".4", ".7", "1")
 
@@ -99,7 +99,7 @@ def regime_lines(sweep, kept, rows):
             for metric in ("recall@20", "ndcg@20"):
                 lines.append(f"- {name}, {metric}: over MMCPR, "
                              + gain(sweep, row, rows["MMCPR"], metric))
-            lines.append("")
+            lines += ["", smallest_difference(sweep, rows), ""]
     return lines
 
 

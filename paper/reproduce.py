@@ -40,8 +40,8 @@ from paper.cells import Cells
 from paper.figures import draw_bars, draw_lines, draw_points, plot
 from paper.regimes import SHARES, new_items, regimes, run_starts
 from paper.sweep import (AS_IS, CONTROLS, GRID, OTHERS, SCALES, SYSTEMS, XAVIER, Sweep, best_of,
-                         choose, choose_scale, choose_variants, control_rows, difference, gain,
-                         p_note, rms, scale_name, table, test_values, title_of,
+                         choose, choose_scale, choose_variants, control_rows, gain, p_note, rms,
+                         scale_name, smallest_difference, table, test_values, title_of,
                          validation_recall, write_runs)
 
 # Flags of mmcpr.py that leave the towers as they are drawn.
@@ -192,14 +192,6 @@ def comparison(sweep, name, rows, controls, others, metric):
         texts.append(f"over the best other, {best}, "
                      + gain(sweep, rows[name], others[best], metric))
     return f"- {name}, {metric}: " + "; ".join(texts)
-
-
-def smallest_difference(sweep, rows):
-    """One line: what difference these users and seeds can tell from none."""
-    smallest = difference(sweep, rows["MMCPR"], rows["Random"], "recall@20").smallest
-    share = smallest / test_values(rows["Random"], "recall@20").mean()
-    return (f"The smallest difference to Random that these users and seeds tell from none: "
-            f"{smallest:.4f} of recall@20, {share:.1%}.")
 
 
 def table3(sweep):

@@ -225,6 +225,14 @@ def gain(sweep, ours, other, metric):
     return f"{100 * found.mean / base:+.1f} % ± {100 * found.error / base:.1f} ({p})"
 
 
+def smallest_difference(sweep, rows):
+    """One line: what difference these users and seeds can tell from none."""
+    smallest = difference(sweep, rows["MMCPR"], rows["Random"], "recall@20").smallest
+    share = smallest / test_values(rows["Random"], "recall@20").mean()
+    return (f"The smallest difference to Random that these users and seeds tell from none: "
+            f"{smallest:.4f} of recall@20, {share:.1%}.")
+
+
 def p_note(sweep):
     """What ± and p mean, as it stands under a table."""
     if len(sweep.seeds) == 1:
