@@ -113,7 +113,7 @@ def hold_out_items(part, dataset, share, seed):
     part = np.where(part == TEST, DROPPED, part)
     part[is_new] = TEST
     has_training = np.isin(users, users[part == TRAIN])
-    part[np.isin(part, (VALID, TEST)) & ~has_training] = DROPPED
+    part[~has_training] = DROPPED
     return part, np.sort(new_items)
 
 

@@ -56,10 +56,10 @@ def paired_bootstrap(ours, other, n_draws=4000):
         means = weight @ gap.T / np.maximum(weight @ is_tested.T, 1)              # [n, n_runs]
         draws.append(means.mean(1))
     draws = np.concatenate(draws)
-    error = draws.std()
+    variance = draws.var()
     if n_runs > 1:
         of_runs, of_users = run_variances(gap, is_tested)
-        error = np.sqrt(draws.var() + max(0, of_runs - of_users) / n_runs)
+        variance += max(0, of_runs - of_users) / n_runs
         # A variance of n means is the true one times chi-square / (n - 1).
         true_one = of_runs * (n_runs - 1) / rng.chisquare(n_runs - 1, size=n_draws)
         beyond_users = np.maximum(0, true_one - of_users)
@@ -68,7 +68,7 @@ def paired_bootstrap(ours, other, n_draws=4000):
     n_other_sign = min(np.sum(draws <= 0), np.sum(draws >= 0))
     p = min(1, 2 * (1 + n_other_sign) / (1 + n_draws))
     low, high = np.quantile(draws, (0.025, 0.975))
-    return Difference(float(mean), float(error), float(p), float(high - low) / 2)
+    return Difference(float(mean), float(np.sqrt(variance)), float(p), float(high - low) / 2)
 
 
 def run_variances(gap, is_tested):

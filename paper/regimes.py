@@ -6,8 +6,9 @@ import numpy as np
 
 from paper import compare
 from paper.figures import draw_lines, plot
-from paper.sweep import (CONTROLS, SYSTEMS, best_of, choose_scale, gain, p_note, scale_cells,
-                         scale_name, smallest_difference, table_lines, test_values, title_of)
+from paper.sweep import (CONTROLS, SYSTEMS, best_of, choose_scale, gain, gains_over_mmcpr, p_note,
+                         scale_cells, scale_name, smallest_difference, table_lines, test_values,
+                         title_of)
 
 SHARES = (".1", ".2", ".4", ".7", "1")
 
@@ -19,10 +20,9 @@ def starts(sweep):
     """
     wanted = {name: sweep.pretraining(SYSTEMS[name]) for name in CONTROLS}
     wanted["Graphs alone"] = sweep.pretraining("mmcpr", "--modalities", "G")
-    contents = sweep.letters.removesuffix("G")
-    if contents:
-        command = sweep.pretraining("mmcpr", "--modalities", contents)
-        wanted[f"Contents alone ({contents})"] = command
+    if sweep.contents:
+        command = sweep.pretraining("mmcpr", "--modalities", sweep.contents)
+        wanted[f"Contents alone ({sweep.contents})"] = command
         wanted["MMCPR"] = sweep.pretraining("mmcpr")
     return wanted
 
@@ -94,12 +94,9 @@ def regime_lines(sweep, kept, rows):
     columns = {f"recall@20 over {best}": over_best, "over Random": over_random, "scale": scales,
                "epochs of fine-tuning": epochs}
     lines = [f"## Share {kept}", "", *table_lines(rows, columns), ""]
-    for name, row in rows.items():
-        if name.startswith("Contents alone"):
-            for metric in ("recall@20", "ndcg@20"):
-                lines.append(f"- {name}, {metric}: over MMCPR, "
-                             + gain(sweep, row, rows["MMCPR"], metric))
-            lines += ["", smallest_difference(sweep, rows), ""]
+    if "MMCPR" in rows:
+        lines += [*gains_over_mmcpr(sweep, rows, f"Contents alone ({sweep.contents})"), "",
+                  smallest_difference(sweep, rows), ""]
     return lines
 
 
@@ -150,12 +147,11 @@ def plot_who(sweep, rows_at):
 
 def new_items(sweep):
     """A tenth of the items without any training interaction, ranked among themselves."""
-    contents = sweep.letters.removesuffix("G")
-    if not set(contents) & set("TV"):
+    if not set(sweep.contents) & set("TV"):
         print("new items: this data has neither texts nor images to know them by")
         return
-    alone = sweep.pretraining("mmcpr", "--modalities", contents)
-    wanted = {"Random": None, f"Contents alone ({contents})": alone,
+    alone = sweep.pretraining("mmcpr", "--modalities", sweep.contents)
+    wanted = {"Random": None, f"Contents alone ({sweep.contents})": alone,
               "MMCPR": sweep.pretraining("mmcpr")}
     if sweep.has_pairs:
         wanted["w/o CIMA (λ = 0)"] = sweep.pretraining("mmcpr", "--lam", "0")

@@ -40,9 +40,9 @@ from paper.cells import Cells
 from paper.figures import draw_bars, draw_lines, draw_points, plot
 from paper.regimes import SHARES, new_items, regimes, run_starts
 from paper.sweep import (AS_IS, CONTROLS, GRID, OTHERS, SCALES, SYSTEMS, XAVIER, Sweep, best_of,
-                         choose, choose_scale, choose_variants, control_rows, gain, p_note, rms,
-                         scale_name, smallest_difference, table, test_values, title_of,
-                         validation_recall, write_runs)
+                         choose, choose_scale, choose_variants, control_rows, gain,
+                         gains_over_mmcpr, p_note, rms, scale_name, smallest_difference, table,
+                         test_values, title_of, validation_recall, write_runs)
 
 # Flags of mmcpr.py that leave the towers as they are drawn.
 UNTRAINED = ("--lr", "1e-9", "--epochs", "1", "--eval-every", "1")
@@ -112,7 +112,7 @@ def table2(sweep):
         command = sweep.pretraining("mmcpr", *choice.rate, "--modalities", "TVG")
         rows |= sweep.run_rows({"MMCPR without reviews": (command, choice.scale)},
                                "without reviews")
-    if sweep.letters != "G":
+    if sweep.contents:
         command = sweep.pretraining("mmcpr", *choice.rate, "--shuffle-contents")
         rows |= sweep.run_rows({"MMCPR, contents shuffled": (command, choice.scale)},
                                "contents shuffled")
@@ -128,11 +128,8 @@ def table2(sweep):
         for metric in ("recall@20", "ndcg@20"):
             if name in rows:
                 lines.append(comparison(sweep, name, rows, controls, others, metric))
-    shuffled = "MMCPR, contents shuffled"
-    if shuffled in rows:
-        for metric in ("recall@20", "ndcg@20"):
-            text = gain(sweep, rows[shuffled], rows["MMCPR"], metric)
-            lines.append(f"- {shuffled}, {metric}: over MMCPR, {text}")
+    if "MMCPR, contents shuffled" in rows:
+        lines += gains_over_mmcpr(sweep, rows, "MMCPR, contents shuffled")
     lines += ["", smallest_difference(sweep, rows), "",
               f"{p_note(sweep)} The best control and the best other are the best on test. users: "
               "where a system brings none, fine-tuning starts them at random."]
@@ -307,10 +304,9 @@ def fig3(sweep):
         elif set(subset) < set(sweep.letters):
             wanted[subset] = ((*command, "--modalities", subset), choice.scale)
     # Another item's contents tell items apart just as well, and say nothing about them.
-    contents = sweep.letters.removesuffix("G")
-    if contents:
-        flags = ("--modalities", contents, "--shuffle-contents")
-        wanted[f"{contents} shuffled"] = ((*command, *flags), choice.scale)
+    if sweep.contents:
+        flags = ("--modalities", sweep.contents, "--shuffle-contents")
+        wanted[f"{sweep.contents} shuffled"] = ((*command, *flags), choice.scale)
     subsets = sweep.run_rows(wanted, "figure 3")
     rows = control_rows(sweep) | subsets
     column = {subset: attention_text(row) for subset, row in subsets.items()}

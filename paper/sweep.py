@@ -59,6 +59,11 @@ class Sweep:
     systems: dict           # {name: method} of table2 and the controls
 
     @property
+    def contents(self):
+        """The letters without the graphs'."""
+        return self.letters.removesuffix("G")
+
+    @property
     def has_pairs(self):
         """Whether there are both texts and images."""
         return {"T", "V"} <= set(self.letters)
@@ -223,6 +228,15 @@ def gain(sweep, ours, other, metric):
     base = test_values(other, metric).mean()
     p = "p < 0.001" if found.p < 0.001 else f"p = {found.p:.3f}"
     return f"{100 * found.mean / base:+.1f} % ± {100 * found.error / base:.1f} ({p})"
+
+
+def gains_over_mmcpr(sweep, rows, name):
+    """Lines of Markdown: what a row gains over MMCPR, in Recall and NDCG."""
+    lines = []
+    for metric in ("recall@20", "ndcg@20"):
+        text = gain(sweep, rows[name], rows["MMCPR"], metric)
+        lines.append(f"- {name}, {metric}: over MMCPR, {text}")
+    return lines
 
 
 def smallest_difference(sweep, rows):
