@@ -17,6 +17,7 @@ import run  # before the libraries: from here on Ctrl-C ends in one line
 
 from tqdm import tqdm
 
+import data
 import finetune
 from paper.figures import draw_lines, plot
 
@@ -44,7 +45,7 @@ def train_and_write(args):
     arrays, _, parts, data_options = finetune.open_init_and_data(args)
 
     def write(points):
-        found = {"data": data_options["data"], "init": args.init, "scale": args.scale,
+        found = {"data": data_options, "init": args.init, "scale": args.scale,
                  "seed": args.seeds[0], "points": points}
         run.write_file(args.metrics, lambda file: json.dump(found, file, indent=1), "w")
 
@@ -76,6 +77,23 @@ def read_points(path):
     raise run.InputError(f"{path}: not there, or not what paper.epochs writes; name its --metrics")
 
 
+def check_arguments(args, parser):
+    for name in ("patience", *data.BESIDE):
+        if name != "metrics" and getattr(args, name) != parser.get_default(name):
+            raise run.InputError(f"--{name.replace('_', '-')}: paper.epochs writes --metrics alone "
+                                 "and stops at --epochs; leave it out")
+    if len(args.seeds) > 1 or args.curves:
+        raise run.InputError("paper.epochs trains one seed, and draws only with --figure; leave "
+                             "out further --seeds and JSON files")
+    finetune.check_arguments(args)
+    if not args.metrics:
+        raise run.InputError("--metrics must say where the curve goes")
+    # The first test is written before any training: it would take the place of a whole curve.
+    if Path(args.metrics).exists():
+        raise run.InputError(f"{args.metrics} is there, and would be written over; name another, "
+                             "or delete it")
+
+
 def main(argv=None):
     parser = finetune.arguments()
     parser.prog, parser.description = "python -m paper.epochs", "Test over the epochs, and draw it."
@@ -88,12 +106,7 @@ def main(argv=None):
         run.check_outputs([args.figure], args.curves)
         draw(args.figure, args.curves)
         return
-    if len(args.seeds) > 1 or args.resume or args.out or args.recommend or args.per_user:
-        raise run.InputError("paper.epochs trains one seed and writes --metrics alone; leave out "
-                             "--resume, --out, --recommend, --per-user and further --seeds")
-    finetune.check_arguments(args)
-    if not args.metrics:
-        raise run.InputError("--metrics must say where the curve goes")
+    check_arguments(args, parser)
     train_and_write(args)
 
 

@@ -17,8 +17,8 @@ def draw_bars(axis, curves):
     for names, values in curves.values():
         means, error_bars = means_and_bars(values)
         axis.bar(names, means, **error_bars)
-        # Bars that start at 0 would all look the same.
-        axis.set_ylim(0.9 * min(means))  # as the paper cuts its bars
+        # Bars that start at 0 would all look the same; the paper cuts its bars too.
+        axis.set_ylim(0.9 * min(means))
         for label in axis.get_xticklabels():
             label.set(rotation=60, ha="right")
 

@@ -1,9 +1,10 @@
 """The map in one figure: where pre-training pays, of several data sets side by side.
 
-    python -m paper.map demo reviews tiktok ml-100k
+    python -m paper.reproduce regimes --data demo
+    python -m paper.map demo
 
-Reads paper/results/<data>/regimes.csv, which `paper.reproduce regimes` writes, and makes
-paper/results/map.png: test Recall@20 against the share of the training interactions that is kept.
+Reads results/<data>/regimes.csv, which `paper.reproduce regimes` writes, and makes
+results/map.png: test Recall@20 against the share of the training interactions that is kept.
 """
 import csv
 import re
@@ -18,12 +19,12 @@ COLUMNS = {"pretraining", "finetuning", "data", "seed", "valid recall@20", "reca
 
 # The starts by their pre-training, and how they are drawn.
 STYLES = {
-    "baselines.py --method popular": ("most popular items", "0.75", "-."),
+    "baselines.py --method popular": ("Most popular", "0.75", "-."),
     "random": ("Random", "0.6", ":"),
-    "baselines.py --method constant": ("every item the same vector", "0.3", "--"),
+    "baselines.py --method constant": ("Constant", "0.3", "--"),
     "mmcpr.py --modalities none": ("Eq. 15 alone", "C1", "--"),
-    "mmcpr.py --modalities G": ("graphs alone", "C0", "-"),
-    "contents": ("contents alone", "C2", "-"),
+    "mmcpr.py --modalities G": ("Graphs alone", "C0", "-"),
+    "contents": ("Contents alone", "C2", "-"),
     "mmcpr.py": ("MMCPR", "C3", "-"),
 }
 
@@ -92,7 +93,7 @@ def main(argv=None):
     parser = run.parser("Draw the maps of several data sets side by side.",
                         "python -m paper.map")
     parser.add_argument("data", nargs="+", help="names of folders in --results")
-    parser.add_argument("--results", default="paper/results", help="where they are")
+    parser.add_argument("--results", default="results", help="where they are")
     args = parser.parse_args(argv)
     results = Path(args.results)
     path = results / "map.png"

@@ -6,9 +6,9 @@ import numpy as np
 
 from paper import compare
 from paper.figures import draw_lines, plot
-from paper.sweep import (CONTROLS, SYSTEMS, best_of, choose_scale, gain, gains_over_mmcpr, p_note,
-                         scale_cells, scale_name, smallest_difference, table_lines, test_values,
-                         title_of)
+from paper.sweep import (CONTROLS, NO_CIMA, SYSTEMS, best_of, choice_columns, choose_scale, gain,
+                         gains_over_mmcpr, p_note, scale_cells, smallest_difference, table_lines,
+                         test_values, title_of)
 
 SHARES = (".1", ".2", ".4", ".7", "1")
 
@@ -22,7 +22,7 @@ def starts(sweep):
     wanted["Graphs alone"] = sweep.pretraining("mmcpr", "--modalities", "G")
     if sweep.contents:
         command = sweep.pretraining("mmcpr", "--modalities", sweep.contents)
-        wanted[f"Contents alone ({sweep.contents})"] = command
+        wanted[sweep.contents_alone] = command
         wanted["MMCPR"] = sweep.pretraining("mmcpr")
     return wanted
 
@@ -68,12 +68,11 @@ def regimes(sweep):
         lines += who_lines(sweep, kept, rows)
     lines.append(p_note(sweep))
     sweep.show("regimes", lines)
-    panels = {}
+    panels, shares = {}, [float(kept) for kept in rows_at]
     for metric in ("recall@20", "ndcg@20"):
         curves = {}
         for name in starts(sweep):
-            x = [float(kept) for kept in sweep.shares]
-            curves[name] = (x, [test_values(rows[name], metric) for rows in rows_at.values()])
+            curves[name] = (shares, [test_values(rows[name], metric) for rows in rows_at.values()])
         panels[f"test {metric}"] = curves
     plot(sweep.folder / "regimes.png", panels, draw_lines, "share of the training interactions")
     plot_who(sweep, rows_at)
@@ -83,19 +82,18 @@ def regime_lines(sweep, kept, rows):
     """Lines of Markdown of one share: the metrics, and what each row gains."""
     controls = {name: rows[name] for name in CONTROLS}
     best = best_of(controls, "recall@20")
-    over_best, over_random, scales, epochs = {}, {}, {}, {}
+    over_best, over_random, epochs = {}, {}, {}
     for name, row in rows.items():
         epochs[name] = " ".join(str(found["finetune"]["epoch"]) for found in row.found)
-        scales[name] = scale_name(row.cells[0].finetuning, name == "Random")
         if name != best:
             over_best[name] = gain(sweep, row, rows[best], "recall@20")
         if name != "Random":
             over_random[name] = gain(sweep, row, rows["Random"], "recall@20")
-    columns = {f"recall@20 over {best}": over_best, "over Random": over_random, "scale": scales,
-               "epochs of fine-tuning": epochs}
+    columns = {f"recall@20 over {best}": over_best, "over Random": over_random,
+               "scale": choice_columns(rows)["scale"], "epochs of fine-tuning": epochs}
     lines = [f"## Share {kept}", "", *table_lines(rows, columns), ""]
     if "MMCPR" in rows:
-        lines += [*gains_over_mmcpr(sweep, rows, f"Contents alone ({sweep.contents})"), "",
+        lines += [*gains_over_mmcpr(sweep, rows, sweep.contents_alone), "",
                   smallest_difference(sweep, rows), ""]
     return lines
 
@@ -151,10 +149,9 @@ def new_items(sweep):
         print("new items: this data has neither texts nor images to know them by")
         return
     alone = sweep.pretraining("mmcpr", "--modalities", sweep.contents)
-    wanted = {"Random": None, f"Contents alone ({sweep.contents})": alone,
-              "MMCPR": sweep.pretraining("mmcpr")}
+    wanted = {"Random": None, sweep.contents_alone: alone, "MMCPR": sweep.pretraining("mmcpr")}
     if sweep.has_pairs:
-        wanted["w/o CIMA (λ = 0)"] = sweep.pretraining("mmcpr", "--lam", "0")
+        wanted[NO_CIMA] = sweep.pretraining("mmcpr", "--lam", "0")
     data_flags = ("--new-items", "0.1")
     tuned = run_starts(sweep, wanted, "new items", {"new": data_flags})["new"]
     as_given = {name: (command, ("--epochs", "0")) for name, command in wanted.items()}
@@ -166,10 +163,9 @@ def new_items(sweep):
     lines = [title_of(sweep, "New items"), "",
              f"{n_new} of {sweep.dataset.n_items:,} items, ranked among themselves; chance is a "
              f"Recall@20 of {min(1, 20 / n_new):.3f}.", "", *table_lines(rows)]
-    if "w/o CIMA (λ = 0), as handed over" in rows:
+    if NO_CIMA in wanted:
         lines.append("")
         for how in ("as handed over", "fine-tuned"):
-            text = gain(sweep, rows[f"MMCPR, {how}"], rows[f"w/o CIMA (λ = 0), {how}"],
-                        "recall@20")
+            text = gain(sweep, rows[f"MMCPR, {how}"], rows[f"{NO_CIMA}, {how}"], "recall@20")
             lines.append(f"- {how}: MMCPR over MMCPR without CIMA, recall@20 {text}")
     sweep.show("new-items", [*lines, "", p_note(sweep)])

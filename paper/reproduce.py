@@ -13,7 +13,7 @@
     recipe      learning rates, weight decays and the bias, by validation
     all         all of them
 
-A cell, one pre-training and one fine-tuning, is kept in paper/results/<data>/cells (see cells.py).
+A cell, one pre-training and one fine-tuning, is kept in results/<data>/cells (see cells.py).
 <target>.csv lists the runs behind a table, those of the choice too.
 
 Pre-training is repeated for every seed, and so is the split where it is ours: seed 1 has split
@@ -39,10 +39,11 @@ import mmcpr
 from paper.cells import Cells
 from paper.figures import draw_bars, draw_lines, draw_points, plot
 from paper.regimes import SHARES, new_items, regimes, run_starts
-from paper.sweep import (AS_IS, CONTROLS, GRID, OTHERS, SCALES, SYSTEMS, XAVIER, Sweep, best_of,
-                         choose, choose_scale, choose_variants, control_rows, gain,
-                         gains_over_mmcpr, p_note, rms, scale_name, smallest_difference, table,
-                         test_values, title_of, validation_recall, write_runs)
+from paper.sweep import (AS_IS, CONTROLS, GRID, NO_CIMA, OTHERS, SCALES, SYSTEMS, XAVIER, Sweep,
+                         best_of, choice_columns, choose, choose_scale, choose_variants,
+                         control_rows, gain, gains_over_mmcpr, p_note, rms, scale_name,
+                         smallest_difference, table, test_values, title_of, validation_recall,
+                         write_runs)
 
 # Flags of mmcpr.py that leave the towers as they are drawn.
 UNTRAINED = ("--lr", "1e-9", "--epochs", "1", "--eval-every", "1")
@@ -51,7 +52,7 @@ UNTRAINED = ("--lr", "1e-9", "--epochs", "1", "--eval-every", "1")
 THE_PAPERS = ("--lr", "1e-3", "--weight-decay", "0", "--bias", "none")
 
 # What Table 3 leaves out, flags of mmcpr.py.
-ABLATIONS = {"w/o CIMA (λ = 0)": ("--lam", "0"), "w/o BCE (λ = 1)": ("--lam", "1")}
+ABLATIONS = {NO_CIMA: ("--lam", "0"), "w/o BCE (λ = 1)": ("--lam", "1")}
 
 # What MMCPR's recipe was chosen from, flags of mmcpr.py; c is --weight-decay.
 RECIPES = {"the paper's: lr 1e-3, c = 0, no bias": THE_PAPERS,
@@ -92,12 +93,10 @@ def table2(sweep):
         choice = chosen[system]
         wanted[name] = (sweep.pretraining(system, *choice.rate), choice.scale)
     rows = sweep.run_rows(wanted, "table 2")
-    systems = {name: sweep.systems[name] for name in rows}
 
     # Vectors that are not CLIP's do not stand under its name.
     if "CLIP" in rows and rows["CLIP"].found[0]["report"]["method"] == "text+image":
-        rename(rows, "CLIP", "text+image")
-        rename(systems, "CLIP", "text+image")
+        rows = {"text+image" if name == "CLIP" else name: row for name, row in rows.items()}
 
     # A random start with larger rows is no weaker than one with smaller rows.
     at_our_rms = (None, ("--scale", rms(rows["MMCPR"])))
@@ -117,7 +116,7 @@ def table2(sweep):
         rows |= sweep.run_rows({"MMCPR, contents shuffled": (command, choice.scale)},
                                "contents shuffled")
 
-    lines = table(sweep, "Table 2", rows, table2_columns(rows, systems, chosen, sweep.label))
+    lines = table(sweep, "Table 2", rows, table2_columns(rows, sweep.label))
     lines.append("")
     others = {}
     for name, row in rows.items():
@@ -136,34 +135,22 @@ def table2(sweep):
     sweep.show("table2", lines)
 
 
-def rename(rows, name, new_name):
-    """Gives an entry of a dict another name, in its place."""
-    entries = list(rows.items())
-    rows.clear()
-    for key, value in entries:
-        rows[new_name if key == name else key] = value
-
-
 def papers_recipe(sweep):
     """(pretraining, finetuning) of MMCPR as the paper has it, at the scale validation chooses."""
     command = sweep.pretraining("mmcpr", *THE_PAPERS)
     return command, choose_scale(sweep, command, "the paper's recipe")
 
 
-def table2_columns(rows, systems, chosen, label):
-    """Whose users each row starts from, what validation chose for it, how alike its items are,
-    and the paper's value."""
-    users, rates, scales, cosines = {}, {}, {}, {}
+def table2_columns(rows, label):
+    """Whose users each row starts from, its rate and scale, how alike its items are, and the
+    paper's value."""
+    users, cosines = {}, {}
     for name, row in rows.items():
         report = row.found[0]["report"]
         users[name] = "its own" if report and "user" in report["rms"] else "random"
         cosine = report.get("mean_cosine") if report else None
         cosines[name] = "" if cosine is None else f"{cosine:.3f}"
-    for name, system in systems.items():
-        choice = chosen[system]
-        rates[name] = choice.rate[1] if choice.rate else ""
-        scales[name] = scale_name(choice.scale, system == "random")
-    columns = {"users": users, "lr": rates, "scale": scales, "mean cosine of items": cosines}
+    columns = {"users": users} | choice_columns(rows) | {"mean cosine of items": cosines}
     return columns | paper_column(PAPER_SYSTEMS, PAPER.get(label))
 
 
@@ -192,26 +179,25 @@ def comparison(sweep, name, rows, controls, others, metric):
 
 
 def table3(sweep):
-    variants = {"MMCPR": ("mmcpr",)}
     # Without items that have both text and image there is no CIMA to leave out.
-    if sweep.has_pairs:
-        variants |= {name: ("mmcpr", *flags) for name, flags in ABLATIONS.items()}
+    ablations = ABLATIONS if sweep.has_pairs else {}
+    variants = {"MMCPR": ("mmcpr",)}
+    for name, flags in ablations.items():
+        variants[name] = ("mmcpr", *flags)
     chosen = choose_variants(sweep, variants)
-    listed = {}
-    for name in ABLATIONS:
-        if name in variants:
-            listed[name] = (name, chosen["MMCPR"])
-            # MMCPR's rate need not suit it: then it would be the rate that costs, not the loss.
-            if chosen[name] != chosen["MMCPR"]:
-                listed[f"{name}, its own rate and scale"] = (name, chosen[name])
-    listed["MMCPR"] = ("MMCPR", chosen["MMCPR"])
-    wanted, rates, scales = {}, {}, {}
-    for row, (name, choice) in listed.items():
-        system, *flags = variants[name]
-        wanted[row] = (sweep.pretraining(system, *choice.rate, *flags), choice.scale)
-        rates[row], scales[row] = choice.rate[1], scale_name(choice.scale, False)
+    ours = chosen["MMCPR"]
+    listed = []  # (row, flags of mmcpr.py, Choice)
+    for name, flags in ablations.items():
+        listed.append((name, flags, ours))
+        # MMCPR's rate need not suit it: then it would be the rate that costs, not the loss.
+        if chosen[name] != ours:
+            listed.append((f"{name}, its own rate and scale", flags, chosen[name]))
+    listed.append(("MMCPR", (), ours))
+    wanted = {}
+    for name, flags, choice in listed:
+        wanted[name] = (sweep.pretraining("mmcpr", *choice.rate, *flags), choice.scale)
     rows = control_rows(sweep) | sweep.run_rows(wanted, "table 3")
-    columns = {"lr": rates, "scale": scales}
+    columns = choice_columns(rows)
     for metric in ("recall@20", "ndcg@20"):
         gains = {}
         for name, row in rows.items():
@@ -266,7 +252,7 @@ def recipe(sweep):
         for name, row in rows.items():
             cell, found = row.cells[0], row.found[0]
             texts = [share, name, f"{validation_recall(found):.4f}",
-                     scale_name(cell.finetuning, False), str(found["report"]["epoch"]),
+                     scale_name(cell.finetuning), str(found["report"]["epoch"]),
                      ", ".join(dead_modalities(found["report"]))]
             lines.append("| " + " | ".join(texts) + " |")
     lines += ["", f"dead: modalities whose attention or variance is below {mmcpr.DEAD:g}."]
@@ -277,8 +263,8 @@ def dead_modalities(report):
     """As "user G": the modalities of which mmcpr.py warns."""
     names = []
     for side, modalities in report["modalities"].items():
-        for modality, of_it in modalities.items():
-            if mmcpr.is_dead(of_it):
+        for modality, state in modalities.items():
+            if mmcpr.is_dead(state):
                 names.append(f"{side} {modality}")
     return names
 
@@ -388,7 +374,7 @@ def fig4(sweep):
         for lam in ("0", "0.2", "0.4", "0.6", "0.8", "1"):
             # Without CIMA its reading does not matter: both curves start from the same cell.
             # The default is not spelt out: a .csv names it as Table 2's does.
-            flags = () if lam == "0.2" else ("--lam", lam)
+            flags = () if float(lam) == mmcpr.DEFAULTS["lam"] else ("--lam", lam)
             if reading == "bce" and lam != "0":
                 flags += ("--cima", "bce")
             name = f"{reading}, λ = {lam}"
@@ -437,10 +423,10 @@ def rate(text):
 
 
 def share(text):
-    """argparse type: a share above 0 and up to 1, as it was written."""
+    """argparse type: a share above 0 and up to 1, in one spelling: ".2", "1"."""
     if not 0 < float(text) <= 1:
         raise argparse.ArgumentTypeError("must be above 0 and at most 1")
-    return text
+    return f"{float(text):g}".removeprefix("0")
 
 
 def arguments():
@@ -461,7 +447,7 @@ def arguments():
                         help="of table2, beside the controls and MMCPR")
     parser.add_argument("--jobs", type=run.positive, default=1,
                         help="scripts at a time; they share the cores")
-    parser.add_argument("--results", default="paper/results",
+    parser.add_argument("--results", default="results",
                         help="where tables, figures and cells are kept")
     data.add_data_arguments(parser)
     data.add_feature_arguments(parser)
@@ -525,9 +511,10 @@ def open_sweep(args):
     for name, method in SYSTEMS.items():
         if method not in OTHERS or method in args.systems:
             systems[name] = method
-    return Sweep(cells, folder, label, args.seeds, args.rates, args.patience, settings, dataset,
-                 data_options["split_seed"], not data_options["sample"], letters, args.shares,
-                 scales, systems)
+    return Sweep(cells=cells, folder=folder, label=label, seeds=args.seeds, rates=args.rates,
+                 patience=args.patience, settings=settings, dataset=dataset,
+                 split_seed=data_options["split_seed"], new_splits=not data_options["sample"],
+                 letters=letters, shares=args.shares, scales=scales, systems=systems)
 
 
 def main(argv=None):
@@ -540,10 +527,10 @@ def main(argv=None):
         TARGETS[name](sweep)
         if sweep.cells.used:
             write_runs(sweep.folder / f"{name}.csv", sweep.cells.used)
-    again = "" if args.target == "all" else "; next: python -m paper.reproduce all"
-    if again and args.data:
-        again += f" --data {args.data}"
-    print(f"wrote {sweep.folder}{again}")
+    text = f"wrote {sweep.folder}"
+    if args.target in ("regimes", "all"):
+        text += f"; next: python -m paper.map {sweep.label} --results {args.results}"
+    print(text)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from paper.cells import Cell, Cells
 SYSTEMS = {"Most popular": "popular", "Random": "random", "Constant": "constant",
            "Eq. 15 alone": "mf", "CLIP": "clip", "MMGCN": "mmgcn", "GPT-GNN": "gptgnn",
            "Graph-BERT": "graphbert", "PMGT": "pmgt", "GCN-P": "gcnp", "MMCPR": "mmcpr"}
+NO_CIMA = "w/o CIMA (λ = 0)"
 # What knows no content, no graph and no review.
 CONTROLS = ("Most popular", "Random", "Constant", "Eq. 15 alone")
 OTHERS = tuple(method for name, method in SYSTEMS.items() if name not in (*CONTROLS, "MMCPR"))
@@ -62,6 +63,11 @@ class Sweep:
     def contents(self):
         """The letters without the graphs'."""
         return self.letters.removesuffix("G")
+
+    @property
+    def contents_alone(self):
+        """The name of the row without graphs."""
+        return f"Contents alone ({self.contents})"
 
     @property
     def has_pairs(self):
@@ -223,7 +229,7 @@ def difference(sweep, ours, other, metric):
 
 
 def gain(sweep, ours, other, metric):
-    """As "+5.1 % ± 1.2 (p = 0.002)": the relative gain, its standard error, p."""
+    """As "+5.1 % ± 1.2 (p = 0.002)": difference and standard error over the other's mean, p."""
     found = difference(sweep, ours, other, metric)
     base = test_values(other, metric).mean()
     p = "p < 0.001" if found.p < 0.001 else f"p = {found.p:.3f}"
@@ -250,10 +256,12 @@ def smallest_difference(sweep, rows):
 def p_note(sweep):
     """What ± and p mean, as it stands under a table."""
     if len(sweep.seeds) == 1:
-        return ("± after a gain: its standard error. p: paired bootstrap over users, uncorrected; "
-                "what seeds differ by is not in it.")
-    return ("± after a metric: standard deviation over seeds; after a gain: its standard error. "
-            "p: paired bootstrap over users and seeds, uncorrected.")
+        return ("± after a gain: the standard error of the difference, in percent of the other's "
+                "mean. p: paired bootstrap over users, uncorrected; what seeds differ by is not in "
+                "it.")
+    return ("± after a metric: standard deviation over seeds; after a gain: the standard error of "
+            "the difference, in percent of the other's mean. p: paired bootstrap over users and "
+            "seeds, uncorrected.")
 
 
 def best_of(rows, metric):
@@ -261,15 +269,15 @@ def best_of(rows, metric):
     return max(rows, key=lambda name: test_values(rows[name], metric).mean())
 
 
-def title_of(sweep, name):
-    """A table's title; it names what is not the default."""
+def title_of(sweep, name, rates=GRID):
+    """A table's title; it names what is not the default. rates: those it chooses from, if any."""
     title = f"# {name}, {sweep.label}, seeds {' '.join(map(str, sweep.seeds))}"
-    if tuple(sweep.rates) != GRID:
-        title += f", rates {' '.join(sweep.rates)}"
+    if tuple(rates) != GRID:
+        title += f", rates {' '.join(rates)}"
     if sweep.patience:
         title += f", patience {sweep.patience}"
     if len(sweep.scales) == 1:
-        title += f", scale {scale_name(sweep.scales[0], False)}"
+        title += f", scale {scale_name(sweep.scales[0])}"
     return title + sweep.settings
 
 
@@ -278,7 +286,7 @@ def table(sweep, name, rows, columns=None):
 
     columns: {title of a column beside the metrics: {row: text}}.
     """
-    return [title_of(sweep, name), "", *table_lines(rows, columns)]
+    return [title_of(sweep, name, sweep.rates), "", *table_lines(rows, columns)]
 
 
 def table_lines(rows, columns=None):
@@ -296,10 +304,23 @@ def table_lines(rows, columns=None):
     return lines
 
 
-def scale_name(finetuning, is_random):
+def scale_name(finetuning, is_random=False):
     if finetuning == NOT_TUNED:
         return "not tuned"
-    return "Xavier's" if finetuning == XAVIER or is_random else "as is"
+    if finetuning == AS_IS:
+        return "Xavier's" if is_random else "as is"
+    return "Xavier's" if finetuning == XAVIER else f"RMS {finetuning[1]}"
+
+
+def choice_columns(rows):
+    """Columns of a table: each row's learning rate, where it was given one, and its scale."""
+    rates, scales = {}, {}
+    for name, row in rows.items():
+        cell = row.cells[0]
+        command = cell.pretraining or ()
+        rates[name] = command[command.index("--lr") + 1] if "--lr" in command else ""
+        scales[name] = scale_name(cell.finetuning, cell.pretraining is None)
+    return {"lr": rates, "scale": scales}
 
 
 def rms(row):

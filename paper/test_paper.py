@@ -965,9 +965,9 @@ def test_curve_ends_where_finetuning_ends(shop_folder, capsys):
 
 def test_curve_starts_from_tables_of_its_own_split(shop_folder, capsys):
     assert call(baselines.main, "--method", "constant", "--data", "shop") == 0
-    flags = ("--init", "constant.npz", "--epochs", 1, "--metrics", "curve.json")
-    assert call(epochs.main, *flags) == 0
-    assert call(epochs.main, *flags, "--valid", 0) == 2
+    flags = ("--init", "constant.npz", "--epochs", 1, "--metrics")
+    assert call(epochs.main, *flags, "curve.json") == 0
+    assert call(epochs.main, *flags, "other.json", "--valid", 0) == 2
     assert "other training interactions" in capsys.readouterr().err
 
 
@@ -978,11 +978,22 @@ def test_curve_is_not_written_over_the_data(shop_folder, capsys):
     assert (shop_folder / "interactions.csv").read_bytes() == before
 
 
+def test_curve_is_not_written_over_another(shop_folder, capsys):
+    flags = ("--data", "shop", "--epochs", 1, "--metrics", "c.json")
+    assert call(epochs.main, *flags) == 0
+    before = Path("c.json").read_bytes()
+    assert call(epochs.main, *flags) == 2 and "c.json is there" in capsys.readouterr().err
+    assert Path("c.json").read_bytes() == before
+
+
 @pytest.mark.parametrize("flags, words", [
     ((), "--metrics must say where"), (("--figure", "f.png"), "name some"),
     (("--figure", "f.png", "no.json"), "no.json: not there"),
     (("--metrics", "c.json", "--seeds", 0, 1), "further --seeds"),
-    (("--metrics", "c.json", "--out", "o.npz"), "--out"),
+    (("--metrics", "c.json", "--out", "o.npz"), "--out: "),
+    (("--metrics", "c.json", "--top", 5), "--top: "),
+    (("--metrics", "c.json", "--patience", 3), "--patience: "),
+    (("--metrics", "c.json", "old.json"), "JSON files"),
     (("--metrics", "c.json", "--lr", 1e30, "--valid", 0), "not finite at epoch")])
 def test_curve_that_is_not_there(shop_folder, capsys, flags, words):
     assert call(epochs.main, "--data", "shop", "--epochs", 2, *flags) == 2
@@ -1090,7 +1101,7 @@ def all_targets(all_made, monkeypatch):
     return sweeps, out
 
 
-FOLDER = Path("paper/results/shop")
+FOLDER = Path("results/shop")
 SHORT = ("--seeds", 0, "--rates", "1e-2")
 ALL = ("--seeds", 0, 1, "--rates", "1e-3", "1e-2", "--shares", "0.4", "1")
 
@@ -1157,11 +1168,11 @@ def test_map_reads_what_regimes_wrote(all_targets, capsys):
         # The metrics at both shares; below them are the tables of who gains.
         assert [row.split(" | ")[1] for row in rows[:2]] == [mean_text(of) for of in values]
     assert call(map.main, "shop") == 0
-    assert Image.open("paper/results/map.png").size[0] > 300
+    assert Image.open("results/map.png").size[0] > 300
     assert call(map.main, "nowhere") == 2
     assert "regimes.csv: not there" in capsys.readouterr().err
-    (Path("paper/results") / "empty").mkdir()
-    Path("paper/results/empty/regimes.csv").write_text("a,b\n1,2\n")
+    Path("results/empty").mkdir()
+    Path("results/empty/regimes.csv").write_text("a,b\n1,2\n")
     assert call(map.main, "empty") == 2
     assert "not written by python -m paper.reproduce regimes" in capsys.readouterr().err
 
@@ -1421,6 +1432,24 @@ def test_rates_that_are_none(sweep, rate):
     with pytest.raises(SystemExit):
         sweep.target("table3", f"--rates={rate}")
     assert not sweep.ran
+
+
+def test_rate_and_scale_of_a_row_are_its_cells(all_targets):
+    """Of the rows that Table 2 adds to the systems, too."""
+    for name, flags in (("MMCPR, the paper's recipe", ["--bias", "none"]),
+                        ("MMCPR without reviews", ["--modalities", "TVG"]),
+                        ("Random at the RMS of MMCPR as is", [])):
+        found = {}
+        for cell in usual_cells():
+            command = cell["pretraining"] or []
+            if command[-2:] == flags:
+                rate = command[command.index("--lr") + 1] if command else ""
+                scale = " ".join(cell["finetuning"]).removeprefix("--scale ") or "as is"
+                recall = cell["finetune"]["test"]["recall@20"]
+                found.setdefault((rate, scale), []).append(recall)
+        texts = table_row("table2", name)
+        scale = texts[9].removeprefix("RMS ").replace("Xavier's", "xavier")
+        assert texts[1] == mean_text(found[texts[8], scale])
 
 
 def test_systems_and_scales_that_are_left_out(sweep):
