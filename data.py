@@ -151,9 +151,9 @@ def split_dataset(dataset, seed=0, valid=0.1, share=1.0, share_new=0.0):
         raise InputError(f"{dataset.name}: nothing is left to validate on: "
                          "pass --valid 0 to train for a fixed number of epochs")
     n_tested = np.sum(np.diff(test.indptr) > 0)
-    n_new = "" if new_items is None else f" on {len(new_items):,} new items"
+    of_new = "" if new_items is None else f" on {len(new_items):,} new items"
     print(f"split: {train.nnz:,} training, {held_out.nnz:,} validation, {test.nnz:,} test "
-          f"interactions; {n_tested:,} users are tested{n_new}", flush=True)
+          f"interactions; {n_tested:,} users are tested{of_new}", flush=True)
     return Parts(train, held_out, test, part == TRAIN, fingerprint(dataset, train), new_items)
 
 
@@ -583,6 +583,7 @@ def open_data(args, data_options=None, modalities="RTVG", contents=True):
     # An emb.npz, which may come from elsewhere, names what is read and where. It does not decide
     # where anything is written: what is not there is made only for a flag.
     may_make = args.data is not None or not stored
+    # A --data given here is looked for in ./data, not in the folder that emb.npz names.
     if args.data is not None and args.data_dir is None:
         data_options["data_dir"] = DATA_DEFAULTS["data_dir"]
     # Whole paths, so that an emb.npz can be used from any working directory.
@@ -604,10 +605,10 @@ def open_data(args, data_options=None, modalities="RTVG", contents=True):
 def data_flags(data_options):
     """The flags that name the same data and split on a command line."""
     flags = f" --data {shlex.quote(data_options['data'])}"
-    default_folder = os.path.abspath(DATA_DEFAULTS["data_dir"])
-    for name, default in DATA_DEFAULTS.items():
+    defaults = DATA_DEFAULTS | {"data_dir": os.path.abspath(DATA_DEFAULTS["data_dir"])}
+    for name, default in defaults.items():
         value = data_options[name]
-        if name != "data" and value not in (default, default_folder):
+        if name != "data" and value != default:
             flags += f" --{name.replace('_', '-')} {shlex.quote(str(value))}"
     return flags
 

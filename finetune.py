@@ -43,7 +43,7 @@ DEFAULTS = dict(
     batch=2048,       # paper: 2048, interactions in a step
     epochs=1000,      # paper: 1000; at most
     eval_every=5,     # MixGCF's authors: 5
-    patience=10,      # MixGCF's authors: 10, validations without a better
+    patience=10,      # MixGCF's authors: 10, in validations (mmcpr.py's is in epochs)
     scale="asis",     # paper: not said; as they are
 )
 
@@ -53,7 +53,7 @@ DEFAULTS = dict(
 class LightGCN(nn.Module):
     """E^(l+1) = A_hat E^(l); a score is mean_l e_u^(l) . mean_l e_i^(l)."""
 
-    def __init__(self, train, user, item, n_layers=3):
+    def __init__(self, train, user, item, n_layers=DEFAULTS["layers"]):
         """train: CSR [n_users, n_items]; user [n_users, d], item [n_items, d]: the start."""
         super().__init__()
         self.n_users, self.n_layers = len(user), n_layers
@@ -77,7 +77,7 @@ class LightGCN(nn.Module):
 
 # --- MixGCF -------------------------------------------------------------------------------
 
-def mixgcf_loss(model, users, pos_items, candidates, mix, penalty_weight=1e-4):
+def mixgcf_loss(model, users, pos_items, candidates, mix, penalty_weight=DEFAULTS["l2"]):
     """BPR against one mixed negative, plus the penalty of layer 0, summed over a batch.
 
     users, pos_items int64 [B] and candidates int64 [B, M] are rows of E0; mix [L+1, B] is
@@ -188,9 +188,9 @@ def train_epoch(training, epoch, args):
 
 
 def finetune(parts, init, args, seed, device="cpu", checkpoint=None):
-    """Trains LightGCN with MixGCF: (user, item, result, place) of the epoch that validation chose.
+    """Trains LightGCN with MixGCF: (user, item, result, ranks) of the epoch that validation chose.
 
-    place: where each test interaction is ranked (metrics.find).
+    ranks: where each test interaction is ranked (metrics.truth_ranks).
 
     Epoch 0, LightGCN over the tables as given, is evaluated too and can win. Without validation
     the last of args.epochs is taken.
@@ -207,12 +207,10 @@ def finetune(parts, init, args, seed, device="cpu", checkpoint=None):
     with checkpoint.loop(progress, args.epochs, f"fine-tuning, seed {seed}", 0) as epochs:
         for epoch in epochs:
             values = [point["recall@20"] for point in progress["history"]]
-            if has_valid and out_of_patience(values, args.patience):
+            if out_of_patience(values, args.patience):
                 break
             # Epoch 0 is LightGCN over the tables as given: it is only evaluated.
-            mean_loss = None
-            if epoch > 0:
-                mean_loss = train_epoch(training, epoch, args)
+            mean_loss = train_epoch(training, epoch, args) if epoch > 0 else None
             if epoch % args.eval_every == 0 or epoch == args.epochs:
                 tables = model.embed()
                 value = epoch  # without validation the last epoch is the best
@@ -220,11 +218,10 @@ def finetune(parts, init, args, seed, device="cpu", checkpoint=None):
                     value = metrics.evaluate(*tables, train, parts.valid, (20,))["recall@20"]
                     progress["history"].append({"epoch": epoch, "recall@20": value,
                                                 "loss": mean_loss})
+                    epochs.set_postfix({"loss": mean_loss, "valid recall@20": f"{value:.4f}"})
                 # The epoch is chosen on validation. Test is ranked once, at the very end.
                 if progress["best"] is None or value > progress["best"]["value"]:
                     progress["best"] = {"epoch": epoch, "value": value, "tables": tables}
-                if has_valid:
-                    epochs.set_postfix({"loss": mean_loss, "valid recall@20": f"{value:.4f}"})
             progress["epoch"], progress["seconds"] = epoch, time.time() - started
             checkpoint.update(model, optimizer, progress)
 
@@ -235,12 +232,12 @@ def finetune(parts, init, args, seed, device="cpu", checkpoint=None):
         raise run.InputError(f"the tables are not finite at epoch {best['epoch']}; "
                              f"lower --lr (now {args.lr}) or --scale")
     valid = metrics.evaluate(user, item, train, parts.valid, KS) if has_valid else {}
-    test, place = rank_test(user, item, parts)
+    test, ranks = rank_test(user, item, parts)
     result = {"seed": seed, "epoch": best["epoch"], "epochs_run": progress["epoch"],
               "seconds": round(time.time() - started, 1),
               "interrupted": progress["interrupted"], "valid": valid, "test": test,
               "history": progress["history"]}
-    return user, item, result, place
+    return user, item, result, ranks
 
 
 def rank_test(user, item, parts):
@@ -251,8 +248,8 @@ def rank_test(user, item, parts):
     if parts.new_items is not None:
         item = item[torch.from_numpy(parts.new_items).to(item.device)]
         seen, truth = seen[:, parts.new_items], truth[:, parts.new_items]
-    place = metrics.find(user, item, seen, truth, max(KS))
-    return metrics.means(place, truth, KS), place
+    ranks = metrics.truth_ranks(user, item, seen, truth, max(KS))
+    return metrics.means(ranks, truth, KS), ranks
 
 
 def popularity(train):
@@ -270,7 +267,8 @@ def out_of_patience(values, patience):
 
     Waiting starts at the lowest of the first `patience` ones, and a new best is one above all
     since then. From a random start the first is the lowest: MixGCF's rule. A pre-trained start
-    falls before it rises above itself, and would be stopped on its way up.
+    falls before it rises above itself, and would be stopped on its way up. Of .10 .05 .04 .06 .05
+    .05, with a patience of 2, it starts at .05; .06 is a new best, and the last two end it.
     """
     waited, lowest, best_since = 0, np.inf, np.inf
     for count, value in enumerate(values, 1):
@@ -306,15 +304,15 @@ def recommend(path, user, item, dataset, parts, top=20, all_seen=False):
         writer.writerow(("user", "rank", "item", "score"))
         for users, scores, items in metrics.rank(user, item, seen, top):
             for u, user_scores, user_items in zip(users, scores.tolist(), items.tolist()):
-                for place, (score, i) in enumerate(zip(user_scores, user_items), 1):
+                for rank, (score, i) in enumerate(zip(user_scores, user_items), 1):
                     if score > -np.inf:
-                        writer.writerow((dataset.user_ids[u], place, dataset.item_ids[i],
+                        writer.writerow((dataset.user_ids[u], rank, dataset.item_ids[i],
                                          f"{score:.6g}"))
     run.write_file(path, write, "w")
     print(f"wrote {path}")
 
 
-def write_per_user(path, place, dataset, parts):
+def write_per_user(path, ranks, dataset, parts):
     """An .npz of the test, user by user and interaction by interaction.
 
     user_ids [n_tested], train int [n_tested] (how many training interactions the user has),
@@ -327,9 +325,9 @@ def write_per_user(path, place, dataset, parts):
     degree = np.diff(parts.train.indptr)
     item_degree = np.asarray(parts.train.sum(0), np.int64).ravel()
     arrays = {"user_ids": dataset.user_ids[tested], "train": degree[tested]}
-    arrays |= metrics.per_user(place, parts.test, KS)
+    arrays |= metrics.per_user(ranks, parts.test, KS)
     arrays |= {"user": of_user, "item_ids": dataset.item_ids[test.col],
-               "item_train": item_degree[test.col], "rank": place}
+               "item_train": item_degree[test.col], "rank": ranks}
     run.write_file(path, lambda file: np.savez_compressed(file, **arrays))
     print(f"wrote {path}")
 
@@ -354,18 +352,20 @@ def write_metrics(args, results, data_options):
         print(f"wrote {args.metrics}")
 
 
-def write_outputs(args, results, user, item, place, dataset, parts, data_options):
+def write_outputs(args, results, user, item, ranks, dataset, parts, data_options):
     """What was asked for, after every seed; all but --metrics is the first seed's."""
     write_metrics(args, results, data_options)
-    if args.per_user and len(results) == 1:
-        write_per_user(args.per_user, place, dataset, parts)
-    if args.out and len(results) == 1:
+    if len(results) > 1:
+        return
+    if args.per_user:
+        write_per_user(args.per_user, ranks, dataset, parts)
+    if args.out:
         meta = {"method": "LightGCN + MixGCF", "data": data_options, "init": args.init,
                 "scale": args.scale, "seed": args.seeds[0]}
         data.save_embeddings(args.out, dataset, parts, user.cpu().numpy(), item.cpu().numpy(),
                              meta)
         print(f"wrote {args.out}")
-    if args.recommend and len(results) == 1:
+    if args.recommend:
         recommend(args.recommend, user, item, dataset, parts, args.top, args.all_seen)
 
 
@@ -374,6 +374,15 @@ METRIC_NAMES = [f"{name}@{k}" for name in ("recall", "ndcg") for k in KS]
 
 def print_row(label, values):
     print(f"{label:<28}" + "".join(f"{value:>11}" for value in values))
+
+
+def print_popularity(parts, device):
+    """The test of what knows only how often each item is bought: hard to beat on scarce data."""
+    if parts.new_items is not None:
+        return  # nobody has bought any
+    user, item = popularity(parts.train)
+    values, _ = rank_test(user.to(device), item.to(device), parts)
+    print_row("the most popular items", [f"{values[name]:.4f}" for name in METRIC_NAMES])
 
 
 def print_result(result):
@@ -407,7 +416,10 @@ def training_brought_nothing(result):
 # --- The command line ---------------------------------------------------------------------
 
 def read_init(args):
-    """(the arrays of --init, the options of the data they were made from); None, None: random."""
+    """(the arrays of --init, the options of the data they were made from); None, None: random.
+
+    Sets args.dim to the width of the tables.
+    """
     if args.init == "random":
         args.dim = args.dim or 64
         return None, None
@@ -512,8 +524,9 @@ def open_init_and_data(args):
 
 def finetune_and_save(args):
     arrays, dataset, parts, data_options = open_init_and_data(args)
-    if dataset.n_items <= max(KS):
-        print(f"only {dataset.n_items} items: a list of {max(KS)} holds them all, whatever the "
+    n_ranked = dataset.n_items if parts.new_items is None else len(parts.new_items)
+    if n_ranked <= max(KS):
+        print(f"only {n_ranked} items are ranked: a list of {max(KS)} holds them all, whatever the "
               "model; these metrics are made for more")
     tables = []
     if arrays is not None:
@@ -525,16 +538,13 @@ def finetune_and_save(args):
         results = list(checkpoint.results)
         check_resumed_outputs(args, results)
         print_row(f"test, init {args.init}", METRIC_NAMES)
-        # What knows only how often each item is bought: where data is scarce it is hard to beat.
-        user, item = popularity(parts.train)
-        values, _ = rank_test(user.to(args.device), item.to(args.device), parts)
-        print_row("the most popular items", [f"{values[name]:.4f}" for name in METRIC_NAMES])
+        print_popularity(parts, args.device)
         for result in results:
             print_result(result)
         if results and run.is_main_process():
             write_metrics(args, results, data_options)  # perhaps another file than before
         for seed in args.seeds[len(results):]:
-            user, item, result, place = finetune(parts, arrays, args, seed, args.device,
+            user, item, result, ranks = finetune(parts, arrays, args, seed, args.device,
                                                  checkpoint)
             result = {"data": data_options["data"], "init": args.init, "scale": args.scale,
                       **result}
@@ -543,7 +553,7 @@ def finetune_and_save(args):
             print_result(result)
             if run.is_main_process():
                 with checkpoint.kept_if_writing_fails():
-                    write_outputs(args, results, user, item, place, dataset, parts,
+                    write_outputs(args, results, user, item, ranks, dataset, parts,
                                   data_options)
             if result["interrupted"]:
                 break

@@ -23,7 +23,7 @@ def rank(user, item, seen, k, users=None):
     users: whom to rank for (default: all). A user with fewer than k candidates gets scores of
     -inf in the tail.
     """
-    # In 64 bits, also on Windows: find makes keys u n_items + i of them.
+    # In 64 bits, also on Windows: truth_ranks makes keys u n_items + i of them.
     users = np.arange(len(user), dtype=np.int64) if users is None else users.astype(np.int64)
     k = min(k, len(item))
     chunk_scores = CHUNK_SCORES_GPU if user.is_cuda else CHUNK_SCORES
@@ -59,15 +59,15 @@ def evaluate(user, item, seen, truth, ks=(20, 40, 60)):
 
     truth: CSR [n_users, n_items] that shares no entry with seen.
     """
-    return means(find(user, item, seen, truth, max(ks)), truth, ks)
+    return means(truth_ranks(user, item, seen, truth, max(ks)), truth, ks)
 
 
-def means(place, truth, ks):
+def means(ranks, truth, ks):
     """{"recall@20": float, ...}: per_user's means."""
-    return {name: float(of_users.mean()) for name, of_users in per_user(place, truth, ks).items()}
+    return {name: float(of_users.mean()) for name, of_users in per_user(ranks, truth, ks).items()}
 
 
-def find(user, item, seen, truth, top):
+def truth_ranks(user, item, seen, truth, top):
     """Where each entry of truth is ranked for its user: int64 [nnz], 1 is best.
 
     0: not among the first `top`. In the order of truth's entries, row by row and by column.
@@ -80,7 +80,7 @@ def find(user, item, seen, truth, top):
     # A ranked item is in the truth where its key u n_items + i is among the sorted keys.
     pairs = truth.sorted_indices().tocoo()
     keys = torch.from_numpy(pairs.row.astype(np.int64) * n_items + pairs.col).to(device)
-    place = torch.zeros(len(keys), dtype=torch.int64, device=device)
+    ranks = torch.zeros(len(keys), dtype=torch.int64, device=device)
     position = torch.arange(1, top + 1, device=device)                                   # [top]
     for chunk, _, ranked in rank(user, item, seen, top, users[run.my_share()]):
         ranked_keys = torch.from_numpy(chunk).to(device)[:, None] * n_items + ranked  # [c, top]
@@ -88,12 +88,12 @@ def find(user, item, seen, truth, top):
         is_hit = keys[entry] == ranked_keys
         # An entry is hit at one position at most; what is no hit adds 0 to some entry.
         hit_position = is_hit * position[:is_hit.shape[1]]
-        place.index_add_(0, entry.flatten(), hit_position.flatten())
-    return run.all_sum(place).cpu().numpy()
+        ranks.index_add_(0, entry.flatten(), hit_position.flatten())
+    return run.all_sum(ranks).cpu().numpy()
 
 
-def per_user(place, truth, ks):
-    """{"recall@20": float64 [users with an item in truth], ...} of what `find` returns.
+def per_user(ranks, truth, ks):
+    """{"recall@20": float64 [users with an item in truth], ...} of what `truth_ranks` returns.
 
     recall@k = hits / |truth_u|; ndcg@k = DCG / the DCG of an ideal ranking, whose first
     min(k, |truth_u|) positions are hits.
@@ -106,8 +106,9 @@ def per_user(place, truth, ks):
     ideal_dcg = np.cumsum(discount)
     values = {}
     for k in ks:
-        is_hit = (place > 0) & (place <= k)
-        gain = np.where(is_hit, discount[np.clip(place, 1, k) - 1], 0)
+        is_hit = (ranks > 0) & (ranks <= k)
+        # What is no hit has no discount, but must index something.
+        gain = np.where(is_hit, discount[np.clip(ranks, 1, k) - 1], 0)
         values[f"recall@{k}"] = np.add.reduceat(is_hit, start, dtype=np.float64) / n_relevant
         dcg = np.add.reduceat(gain, start)
         values[f"ndcg@{k}"] = dcg / ideal_dcg[np.minimum(n_relevant, k) - 1]

@@ -157,7 +157,7 @@ class Tower(nn.Module):
     modality at all gets a row of a trained table instead, the fallback.
     """
 
-    def __init__(self, n, features, graph, dim=64, n_layers=2):
+    def __init__(self, n, features, graph, dim=DEFAULTS["dim"], n_layers=DEFAULTS["layers"]):
         super().__init__()
         self.graph, self.n_layers = graph, n_layers
         self.modalities = list(features)
@@ -212,14 +212,11 @@ class Tower(nn.Module):
             e = torch.where(present.any(1, keepdim=True), e, self.fallback[nodes])
         return e, alpha, projected
 
-    def all_nodes(self):
-        """int64 indices of all nodes, in chunks, so that no [n, M, d] of all nodes is held."""
-        return torch.arange(len(self.present), device=self.present.device).split(32_768)
-
     @torch.no_grad()
     def embed(self):
         """e [n, d] of all nodes."""
-        return torch.cat([self(nodes)[0] for nodes in self.all_nodes()])
+        # A copy: of a side without modalities it would be the trained table itself.
+        return self(ALL)[0].clone()
 
     @torch.no_grad()
     def state(self):
@@ -231,24 +228,16 @@ class Tower(nn.Module):
         """
         if not self.modalities:
             return {}
-        n = self.present.sum(0).clamp(min=1)                                               # [M]
-        attention = cut = total = square = 0
-        for nodes in self.all_nodes():
-            _, alpha, projected = self(nodes)
-            present = self.present[nodes]                                               # [b, M]
-            attention += alpha.sum(0)
-            cut += (present & (projected @ self.a <= 0)).sum(0)
-            projected = (projected * present[:, :, None]).double()
-            total += projected.sum(0)                                                   # [M, d]
-            square += projected.square().sum((0, 2))                                       # [M]
-        # The mean of |e'|^2 minus |the mean of e'|^2.
-        variance = (square / n - (total / n[:, None]).square().sum(1)).clamp(min=0)        # [M]
+        _, alpha, projected = self(ALL)                                     # [n, M], [n, M, d]
         state = {}
         for m, name in enumerate(self.modalities):
-            if self.present[:, m].any():
-                state[name] = {"attention": (attention[m] / n[m]).item(),
-                               "cut": (cut[m] / n[m]).item(),
-                               "variance": variance[m].item()}
+            has_it = self.present[:, m]
+            if has_it.any():
+                x = projected[has_it, m]                                                # [k, d]
+                is_cut = x @ self.a <= 0
+                state[name] = {"attention": alpha[has_it, m].mean().item(),
+                               "cut": is_cut.double().mean().item(),
+                               "variance": x.double().var(0, correction=0).sum().item()}
         return state
 
 
@@ -259,7 +248,7 @@ def xavier_table(n, dim):
 
 # --- Contrastive inter-modal alignment, CIMA (Eq. 11) -------------------------------------
 
-def cima(text, image, tau=0.1, reading="softmax"):
+def cima(text, image, tau=DEFAULTS["tau"], reading=DEFAULTS["cima"]):
     """L1 / N over N items that have both: text, image [N, d] -> scalar.
 
     The paper writes e^1, e^2, but these are frozen and there would be nothing to train: text
@@ -272,9 +261,10 @@ def cima(text, image, tau=0.1, reading="softmax"):
     if reading == "bce":
         C = torch.eye(len(s), device=s.device, dtype=s.dtype)
         return F.binary_cross_entropy_with_logits(s, C, reduction="sum") / len(s)
-    own = torch.arange(len(s), device=s.device)      # the image of text p is the p-th
-    text_to_image = F.cross_entropy(s, own, reduction="sum")
-    image_to_text = F.cross_entropy(image @ text.T / tau, own, reduction="sum")
+    labels = torch.arange(len(s), device=s.device)   # the image of text p is the p-th
+    text_to_image = F.cross_entropy(s, labels, reduction="sum")
+    # s transposed, but laid out in rows, along which the softmax goes.
+    image_to_text = F.cross_entropy(image @ text.T / tau, labels, reduction="sum")
     return (text_to_image + image_to_text) / (2 * len(s))
 
 
@@ -289,8 +279,9 @@ class MMCPR(nn.Module):
     computed in a step.
     """
 
-    def __init__(self, R, features, use_graphs=True, dim=64, n_layers=2, bias="global",
-                 device="cpu", known_items=None):
+    def __init__(self, R, features, use_graphs=True, dim=DEFAULTS["dim"],
+                 n_layers=DEFAULTS["layers"], bias=DEFAULTS["bias"], device="cpu",
+                 known_items=None):
         super().__init__()
         n_users, n_items = R.shape
         self.known_items = ALL if known_items is None else torch.from_numpy(known_items).to(device)
@@ -332,8 +323,8 @@ class MMCPR(nn.Module):
         return {"user": self.user_tower.state(), "item": self.item_tower.state()}
 
 
-def objective(model, R, users, cima_items, positives_per_block, lam=0.2, tau=0.1,
-              reading="softmax"):
+def objective(model, R, users, cima_items, positives_per_block, lam=DEFAULTS["lam"],
+              tau=DEFAULTS["tau"], reading=DEFAULTS["cima"]):
     """L = lam L1 + (1 - lam) L2 of one step (Eq. 16).
 
     R: CSR tensor [n_users, n_known_items]; users int64 [B]: the block of users;
@@ -401,9 +392,9 @@ def train_epoch(training, epoch, args):
     InputError, which names the epoch, where these are not finite.
     """
     model, optimizer, R, cima_items, _ = training
-    n_users, device = R.shape[0], R.device
+    n_users, nnz, device = R.shape[0], len(R.values()), R.device
     batch = min(args.batch, n_users)
-    positives_per_block = batch * len(R.col_indices()) / n_users
+    positives_per_block = batch * nnz / n_users
     loss_sums = torch.zeros(2, device=device)
     blocks = torch.randperm(n_users, device=device).split(batch)
     for users in blocks:
@@ -418,7 +409,7 @@ def train_epoch(training, epoch, args):
         loss_sums += run.all_sum(torch.stack([l1, l2]).detach())
     l1_per_item = loss_sums[0].item() / len(blocks)
     # loss_sums[1] is L2 of all users / positives_per_block; returned is L2 / nnz(R).
-    l2_per_positive = loss_sums[1].item() * positives_per_block / len(R.col_indices())
+    l2_per_positive = loss_sums[1].item() * positives_per_block / nnz
     if not np.isfinite(l1_per_item + l2_per_positive):
         raise run.InputError(f"the loss is not finite at epoch {epoch}; "
                              f"lower --lr (now {args.lr})")
@@ -529,9 +520,8 @@ def validation_recall(user, item, parts):
 
 
 def out_of_patience(progress, patience):
-    """Whether the last validation is `patience` epochs or more after the later of two epochs:
-
-    the best one, and the first that was clearly better than popularity. False before that one.
+    """Whether `patience` epochs have passed since the later of two: the best epoch, and the first
+    whose loss was clearly better than popularity's. Never before the latter.
     """
     if progress["beat_popularity_at"] is None:
         return False
@@ -566,6 +556,7 @@ def alignment(model, items):
     ranks, chunk = [], 1024
     for start in range(0, n, chunk):
         s = text[start:start + chunk] @ image.T                                         # [c, n]
+        # Row 0 is text `start`, whose image is in that column.
         true_score = s.diagonal(start)[:, None]
         # Ties count against a pair: where all vectors are one, nothing is found.
         ranks.append((s >= true_score).sum(1) - 1)
@@ -618,21 +609,21 @@ def print_report(report):
     print(f"RMS of the entries: {entries}")
 
 
-def is_dead(of_it):
+def is_dead(state):
     """Whether a modality, of Tower.state, says next to nothing."""
-    return min(of_it["attention"], of_it["variance"]) < DEAD
+    return min(state["attention"], state["variance"]) < DEAD
 
 
 def print_modalities(side, modalities):
     """One line of a side's modalities, and one for each that says nothing."""
     texts = []
-    for name, of_it in modalities.items():
-        texts.append(f"{name} {of_it['attention']:.3f} (cut {of_it['cut']:.2f}, "
-                     f"varies {of_it['variance']:.2g})")
+    for name, state in modalities.items():
+        texts.append(f"{name} {state['attention']:.3f} (cut {state['cut']:.2f}, "
+                     f"varies {state['variance']:.2g})")
     nothing = "none: this side has no modality, each node has a row of its own"
     print(f"mean attention where present, {side}s: {', '.join(texts) or nothing}")
-    for name, of_it in modalities.items():
-        if is_dead(of_it):
+    for name, state in modalities.items():
+        if is_dead(state):
             print(f"{name} is dead among the {side}s: its attention or its variance is below "
                   f"{DEAD:g}; try a lower --weight-decay, or leave it out by --modalities")
 

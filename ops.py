@@ -96,31 +96,30 @@ def build_co_interaction(R, storage="auto", block_entries=1 << 24):
     storage: "auto" chooses by count, "A" and "RE" force one.
     """
     R = sp.csr_matrix(R, dtype=np.float32)
-    E_blocks, n_neighbours = [], []
-    for C, is_edge in shared_counts(R, block_entries):
-        # A running count of the edges, read where rows begin and end.
-        ends = np.cumsum(np.append(0, is_edge), dtype=np.int64)[C.indptr]
-        n_neighbours.append(np.diff(ends))
+    E_blocks, n_neighbours = [], np.zeros(R.shape[0], np.int64)
+    for C, row in shared_counts(R, block_entries):
+        is_edge = C.indices != row
+        n_neighbours += np.bincount(row[is_edge], minlength=R.shape[0])
         # C becomes E in place: one less off the diagonal.
         C.data -= is_edge
         C.eliminate_zeros()  # pairs that share one column
         E_blocks.append(C)
-    n_neighbours = np.concatenate(n_neighbours).astype(np.float32)
+    n_neighbours = n_neighbours.astype(np.float32)
     E = stack_blocks(E_blocks)
     n_edges = n_neighbours.sum(dtype=np.float64)
     if storage == "RE" or (storage == "auto" and 2 * R.nnz + E.nnz < n_edges):
         return CoInteraction(n_neighbours, R, E, None)
     # A second pass: where R and E are kept, A has never been in memory.
     A_blocks = []
-    for C, is_edge in shared_counts(R, block_entries):
-        C.data[:] = is_edge
+    for C, row in shared_counts(R, block_entries):
+        C.data[:] = C.indices != row
         C.eliminate_zeros()
         A_blocks.append(C)
     return CoInteraction(n_neighbours, None, None, stack_blocks(A_blocks))
 
 
 def shared_counts(R, block_entries):
-    """Yields C = R R^T in blocks of rows: (CSR [c, n], bool: which entries have a != b).
+    """Yields C = R R^T in blocks of rows: (CSR [c, n], int64 [nnz]: the row a of each entry).
 
     A block is as many rows as take about block_entries multiplications: C is never whole in
     memory.
@@ -130,11 +129,12 @@ def shared_counts(R, block_entries):
     done = np.cumsum(np.append(0, multiplications))  # before each row
     start = 0
     while start < n:
+        # The last row that still fits; one row at least.
         end = np.searchsorted(done, done[start] + block_entries, side="right") - 1
         end = int(min(n, max(end, start + 1)))
         C = R[start:end] @ Rt
         row = np.repeat(np.arange(start, end, dtype=np.int64), np.diff(C.indptr))
-        yield C, C.indices != row
+        yield C, row
         start = end
 
 
@@ -197,8 +197,8 @@ class CoInteractionGraph:
 def row_entries(R, users):
     """Where the entries of the block R[users] are: (rows, cols), int64 [nnz] each.
 
-    R: CSR tensor [n_users, n_items], users int64 [B]; rows are places in `users`. All stays on
-    the device of R.
+    The same as the rows and columns of a SciPy matrix's R[users].tocoo(). R: CSR tensor [n_users,
+    n_items], users int64 [B]; rows are places in `users`. All stays on the device of R.
     """
     start = R.crow_indices()[users].long()                                                # [B]
     n_entries = R.crow_indices()[users + 1].long() - start

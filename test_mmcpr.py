@@ -67,7 +67,7 @@ def test_place_of_every_test_interaction():
         order = [j for j in (-(item @ user[u])).argsort().tolist() if not seen[u, j]]
         place = order.index(i) + 1
         want.append(place if place <= 12 else 0)
-    got = metrics.find(user, item, seen, truth, 12)
+    got = metrics.truth_ranks(user, item, seen, truth, 12)
     assert got.tolist() == want and 0 in want and max(want) > 5
 
 
@@ -749,7 +749,10 @@ def test_new_items_are_ranked_among_themselves(trained, capsys):
                 "--out", "e.npz") == 0
     assert call(finetune.main, "--init", "e.npz", "--epochs", 0, "--metrics", "m.json",
                 "--per-user", "u.npz") == 0
-    assert "on 15 new items" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "on 15 new items" in out and "only 15 items are ranked" in out
+    # Nobody has bought any: there is no ranking by popularity.
+    assert "the most popular items" not in out
     with np.load("u.npz", allow_pickle=False) as file:
         place, item_train = file["rank"], file["item_train"]
     # All fifteen are ranked, so every test item has a place; by chance the mean of it is 8.
@@ -888,16 +891,16 @@ def test_held_out_reviews_never_reach_the_embeddings(tmp_path, monkeypatch):
 def test_validation_chooses_the_epoch_and_test_is_ranked_once(trained, monkeypatch):
     """Both scripts rank validation alone until the end, and hand over its best epoch."""
     parts = data.split_dataset(data.load("shop", contents=False))
-    ranked, find = [], metrics.find
+    ranked, truth_ranks = [], metrics.truth_ranks
 
     def spy(user, item, seen, truth, top):
         matches = [name for name in ("valid", "test")
                    if (truth != getattr(parts, name)).nnz == 0]
         assert len(matches) == 1, "neither validation nor test is ranked"
         ranked.extend(matches)
-        return find(user, item, seen, truth, top)
+        return truth_ranks(user, item, seen, truth, top)
 
-    monkeypatch.setattr(metrics, "find", spy)
+    monkeypatch.setattr(metrics, "truth_ranks", spy)
     assert call(mmcpr.main, "--data", "shop", *QUICK, "--epochs", 40, "--lr", 0.1,
                 "--out", "e.npz") == 0
     assert set(ranked) == {"valid"}
