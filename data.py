@@ -8,6 +8,7 @@ Each prints the counts. Of the paper's method only `split` is here (its section 
 files of a folder look like, and how they are read, is in folders.py.
 """
 import argparse
+import functools
 import hashlib
 import json
 import os
@@ -318,7 +319,7 @@ def features(dataset, modalities, encoder="auto", data_dir=Path("data"), clip=CL
     if encoder == "auto":
         ready, encoder = dataset.ready, dataset.encoder
     device = run.device_name(device)
-    made = {}
+    load_once, made = functools.cache(encode.load_encoder), {}
     for modality, what in CONTENT.items():
         if modality not in modalities:
             continue
@@ -328,13 +329,13 @@ def features(dataset, modalities, encoder="auto", data_dir=Path("data"), clip=CL
             table = np.load(path, mmap_mode="r", allow_pickle=False)[rows]
             contents = None
         elif contents is not None:
-            table = encode.extract(
-                dataset, what, contents, encoder, clip, data_dir, device=device)
-        else:
-            remark = ""
-            if modality in dataset.ready:
-                remark = f" for --encoder {encoder} (ready features need --encoder auto)"
-            print(f"{what}: none in this data{remark}", flush=True)
+            table = encode.extract(dataset, what, contents, encoder, clip, data_dir,
+                                   device=device, load=load_once)
+        if modality in dataset.ready and modality not in ready:
+            name = dataset.ready[modality][0].name
+            print(f"{what}: {name} is not used with --encoder {encoder}, but with --encoder auto")
+        if modality not in ready and contents is None:
+            print(f"{what}: none in this data", flush=True)
             continue
         is_missing = missing_rows(table)
         report_features(dataset, modality, table, is_missing, contents)
@@ -525,7 +526,8 @@ def add_data_arguments(parser):
     group.add_argument("--data-dir", help="where data is made, downloaded and cached "
                        "(default: data)")
     group.add_argument("--min-rating", type=number, metavar="R",
-                       help="keep interactions rated R or more (default: all)")
+                       help="keep interactions rated R or more, with the users and items that have "
+                       "any (default: all)")
     group.add_argument("--min-count", type=run.non_negative, help="keep users and items with this "
                        "many interactions, to the fixpoint (default: all)")
     group.add_argument("--sample", type=run.non_negative, help="then draw this many interactions "
@@ -593,8 +595,9 @@ def open_data(args, data_options=None, modalities="RTVG", contents=True):
     try:
         dataset = load(
             data_options["data"], Path(data_options["data_dir"]), modalities,
-            data_options["min_count"], data_options["sample"], data_options["split_seed"],
-            contents, args.amazon_url, data_options["min_rating"], may_make)
+            min_count=data_options["min_count"], sample=data_options["sample"],
+            seed=data_options["split_seed"], contents=contents, url=args.amazon_url,
+            min_rating=data_options["min_rating"], may_make=may_make)
     except MemoryError:
         raise InputError(f"{data_options['data']}: not enough memory to read it") from None
     parts = split_dataset(dataset, data_options["split_seed"], data_options["valid"],
@@ -622,8 +625,11 @@ def main(argv=None):
     dataset, parts, data_options = open_data(args)
     features(dataset, "TVR", args.encoder, Path(data_options["data_dir"]),
              (args.clip_model, args.clip_weights), args.device)
-    encoder = "" if args.encoder == "auto" else f" --encoder {args.encoder}"
-    print(f"next: python mmcpr.py{data_flags(data_options)}{encoder}")
+    flags = data_flags(data_options)
+    for name in ("encoder", "clip_model", "clip_weights"):
+        if getattr(args, name) != parser.get_default(name):
+            flags += f" --{name.replace('_', '-')} {shlex.quote(getattr(args, name))}"
+    print(f"next: python mmcpr.py{flags}")
 
 
 if __name__ == "__main__":

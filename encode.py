@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import re
+import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,7 +25,7 @@ import run
 from pictures import BadPicture, read_picture
 from run import InputError
 
-FEATURES_VERSION = 2  # part of every cache's key: raise it when an encoder's output changes
+FEATURES_VERSION = 3  # part of every cache's key: raise it when an encoder's output changes
 
 
 # --- Encoders -----------------------------------------------------------------------------
@@ -94,7 +95,8 @@ class ClipEncoder:
             raise InputError(
                 f"CLIP {model} with weights '{weights}' cannot be loaded ({reason}): "
                 "connect to the internet once or name a weights file with --clip-weights FILE; "
-                "or use --encoder tiny, which needs none") from None
+                "or use --encoder tiny, which needs none; or leave out what has no ready "
+                "features, by mmcpr.py --modalities") from None
         finally:
             logging.disable(logging.NOTSET)
         self.device, self.half = device, device == "cuda"
@@ -173,15 +175,21 @@ def file_preprocessing(open_clip, model, weights):
 
 # --- Features and their cache -------------------------------------------------------------
 
-def extract(dataset, what, contents, encoder, clip, data_dir, chunk=256, device="cpu"):
+def load_encoder(encoder, clip, device):
+    return TinyEncoder() if encoder == "tiny" else ClipEncoder(*clip, device)
+
+
+def extract(dataset, what, contents, encoder, clip, data_dir, chunk=256, device="cpu",
+            load=load_encoder):
     """Features of `contents` as a float16 memory map [n, d], from the cache or encoded now.
 
     what: "text", "review", or "image" for paths inside dataset.folder. encoder: "tiny", or
-    "clip" with clip = (model, weights). '' and unreadable pictures give NaN rows.
+    "clip" with clip = (model, weights). A text of spaces alone and an unreadable picture give NaN
+    rows. load: what is called for an encoder, where something is not in the cache.
     """
     path = cache_path(dataset, what, contents, encoder, clip, data_dir)
     if not path.exists():
-        model = TinyEncoder() if encoder == "tiny" else ClipEncoder(*clip, device)
+        model = load(encoder, clip, device)
         fill_cache(path, model, dataset.folder, what, contents, encoder, chunk)
     remedy = "cut off or damaged: delete it and run the command again"
     table = run.open_npy(path, remedy)
@@ -254,6 +262,8 @@ def fill_cache(path, model, folder, what, contents, encoder, chunk):
         # What is held of a chunk's pictures stays below 256 MB.
         chunk = max(1, min(chunk, (1 << 28) // model.prepared_bytes))
         Image.init()  # all of Pillow's readers, before files are opened in many threads
+        # What is too large is left out, and told at the end.
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
     header = npy_header((len(contents), width))
     row_bytes = 2 * width
     part = path.with_suffix(".part")
@@ -291,14 +301,14 @@ def encode_batch(model, folder, what, batch, width, pool):
             raise InputError(f"{folder / name}: not enough memory to decode it; close other "
                              "programs and run the command again") from None
 
-    encode, is_present = model.text, [text != "" for text in batch]
     if what == "image":
         # Pillow decodes outside of Python's lock, so threads read several pictures at once.
         encode, batch = model.image, list(pool.map(prepare, batch))
-        is_present = [picture is not None for picture in batch]
+    else:
+        encode, batch = model.text, [text if text.strip() else None for text in batch]
     rows = np.full((len(batch), width), np.nan, np.float32)
-    present = np.flatnonzero(is_present)
-    if len(present):
+    present = [n for n, content in enumerate(batch) if content is not None]
+    if present:
         rows[present] = encode([batch[n] for n in present])
     return rows
 

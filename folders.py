@@ -104,6 +104,17 @@ def describe(path):
     return f"{path.name}, its first line '{line[:40]}'"
 
 
+def print_not_read(folder, read):
+    """One line that names the tables in a folder which are not read: a name may be misspelt."""
+    names = []
+    for path in sorted(folder.iterdir()):
+        if path.suffix in (".csv", ".npy", ".inter") and path.name not in read:
+            names.append(path.name)
+    if names:
+        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+        print(f"{folder.name}: not read: {', '.join(names[:5])}{more}")
+
+
 def is_row_of_numbers(cells):
     """Whether what should be a header holds values instead."""
     is_number = [re.fullmatch(r"-?\d+(\.\d+)?", cell.strip()) is not None for cell in cells]
@@ -119,12 +130,14 @@ def read_interactions(folder, contents, min_rating):
     interactions.csv.
     """
     path = folder / "interactions.csv"
+    print_not_read(folder, ("interactions.csv", "items.csv", "item_text.npy", "item_image.npy",
+                            "review.npy"))
     not_kept = () if contents else ("review", "text", "image")
     columns = read_csv(path, ("user", "item"), ("review", "split", "x_label", "rating"),
                        skip=not_kept)
     user_ids, users = index_of(columns["user"], path, "user")
     ready = {}
-    if (folder / "items.csv").exists():
+    if os.path.lexists(folder / "items.csv"):
         catalogue = read_csv(folder / "items.csv", ("item",), ("text", "image"), skip=not_kept)
         item_ids, items = look_up(columns["item"], catalogue["item"], path, folder / "items.csv")
         check_image_paths(catalogue.get("image", ()), folder / "items.csv")
@@ -198,9 +211,6 @@ def keep_rated(dataset, path, ratings, min_rating):
 
 def read_inter(path, min_rating):
     """An .inter file: MMRec's with numbers and a published split, or RecBole's atomic file."""
-    for name in ("items.csv", "item_text.npy", "item_image.npy"):
-        if (path.parent / name).exists():
-            print(f"{path.parent.name}: {name} is not read beside {path.name}")
     with open_csv(path, "\t") as reader:
         header = next(reader, None) or []
     # RecBole writes each column's type after its name.
@@ -214,9 +224,8 @@ def read_mmrec(path, min_rating=None):
     columns = read_csv(path, ("userID", "itemID", "x_label"), ("rating",), delimiter="\t")
     numbers = {}
     for name in ("userID", "itemID", "x_label"):
-        numbers[name] = np.empty(len(columns[name]), np.int64)
-        for row, value in enumerate(columns[name]):
-            numbers[name][row] = whole_number(value, f"{path}: data row {row + 1}: {name}")
+        numbers[name] = np.array(whole_numbers(
+            columns[name], lambda n: f"{path}: data row {n + 1}: {name}"), np.int64)
     labels = numbers["x_label"]
     if labels.max() > TEST:
         row = int(np.argmax(labels > TEST))
@@ -229,6 +238,7 @@ def read_mmrec(path, min_rating=None):
 
 def read_recbole(path, min_rating=None):
     """RecBole's atomic file: user_id:token, item_id:token[, rating:float]. It has no split."""
+    print_not_read(path.parent, (path.name,))
     columns = read_csv(path, ("user_id:token", "item_id:token"), ("rating:float",), "\t")
     user_ids, users = index_of(columns["user_id:token"], path, "user")
     item_ids, items = index_of(columns["item_id:token"], path, "item")
@@ -249,7 +259,7 @@ def read_lightgcn(folder, min_rating=None):
                 where = f"{folder / name}, row {row}:"
                 if row == 1 and "::" in line:
                     raise InputError(f"{where} fields separated by ::; {FORMATS}")
-                numbers = [whole_number(value, where) for value in line.split()]
+                numbers = whole_numbers(line.split(), lambda n: where)
                 users += numbers[:1] * (len(numbers) - 1)
                 items += numbers[1:]
         labels += [label] * (len(items) - n_before)
@@ -262,15 +272,17 @@ def read_lightgcn(folder, min_rating=None):
     return merge_duplicates(dataset)
 
 
-def whole_number(value, where):
-    """The text as a number; `where` is how the message begins."""
-    if not re.fullmatch("[0-9]{1,7}", value):
-        raise InputError(f"{where} '{value[:40]}' is not a whole number from 0 to 9,999,999")
-    return int(value)
+def whole_numbers(texts, where):
+    """The texts as a list of numbers; where(n): how the message about the n-th begins."""
+    for n, text in enumerate(texts):
+        if not re.fullmatch("[0-9]{1,7}", text):
+            raise InputError(f"{where(n)} '{text[:40]}' is not a whole number from 0 to 9,999,999")
+    return list(map(int, texts))
 
 
 def numbered_dataset(path, name, users, items, labels):
     """A Dataset of numbers, users, items and labels int64 [n], with the folder's feature files."""
+    print_not_read(path.parent, (path.name, "text_feat.npy", "image_feat.npy"))
     user_ids, users = np.unique(users, return_inverse=True)
     # Every number up to the largest is an item, also those that nobody has: it is the row of
     # the feature files.
@@ -297,11 +309,11 @@ def read_csv(path, required, optional=(), delimiter=",", skip=()):
     """
     path = Path(path)
     with open_csv(path, delimiter) as reader:
-        header = next(reader, None)
+        header = [name.strip() for name in next(reader, [])]
         check_header(path, header, required, delimiter)
         # A misspelt optional column would be lost in silence, so what is not read is named.
         read = [name for name in header if name in required or name in optional]
-        unread = [name for name in header if name not in read]
+        unread = [name or "one without a name" for name in header if name not in read]
         if unread:
             print(f"{path.parent.name}: {path.name} has {', '.join(read)} "
                   f"(not read: {', '.join(unread)})")
@@ -328,7 +340,10 @@ def read_csv(path, required, optional=(), delimiter=",", skip=()):
 
 
 def check_ids(path, name, values):
-    """InputError that names the data row of an id that is empty, absurdly long or has a NUL."""
+    """InputError that names the data row of an id that is empty, absurdly long or has a NUL.
+
+    Ids with a space at an end are told: they may be other ids by mistake.
+    """
     for row, value in enumerate(values, 1):
         if not value:
             raise InputError(f"{path}: data row {row} has no {name}; fill it in or remove the row")
@@ -339,6 +354,10 @@ def check_ids(path, name, values):
         if "\0" in value:
             raise InputError(f"{path}: data row {row}: {name} {value[:40]!r} has a NUL character; "
                              "remove it")
+    with_space = [value for value in values if value != value.strip()]
+    if with_space:
+        print(f"{path.parent.name}: {path.name}: {len(with_space):,} rows have a {name} with a "
+              f"space at an end, as {with_space[0][:40]!r}: not the same as without it")
 
 
 @contextlib.contextmanager
@@ -362,8 +381,11 @@ def open_csv(path, delimiter):
         with open_text(path) as file:
             yield csv_reader(file, delimiter)
     except csv.Error as error:
-        raise InputError(f"{path}, row {bad_row(path, delimiter)}: {error}; mend that row: "
-                         "quotes closed, a quote inside a field doubled") from None
+        row = bad_row(path, delimiter)
+        remedy = "mend that row: quotes closed, a quote inside a field doubled"
+        if row == 1:
+            remedy = f"separate the columns by commas; or {remedy}"
+        raise InputError(f"{path}, row {row}: {error}; {remedy}") from None
 
 
 def csv_reader(file, delimiter):
@@ -407,7 +429,8 @@ def check_header(path, header, required, delimiter):
             elif path.suffix == ".inter":
                 remedy += f"; {FORMATS}"
             raise InputError(f"{path}, row 1: no column '{name}'; {remedy}")
-    if len(set(header)) < len(header):
+    named = [name for name in header if name]
+    if len(set(named)) < len(named):
         raise InputError(f"{path}, row 1: a column name occurs twice in {', '.join(header)}; "
                          "remove one")
 
@@ -441,10 +464,11 @@ def look_up(names, catalogue, path, catalogue_path):
                              "a second time; remove one of them")
         row_of[name] = row
     # Checked before the array is made, so that the message can name the row.
-    for row, name in enumerate(names, 1):
-        if name not in row_of:
-            raise InputError(f"{path}: data row {row} has item '{name}', which is not in "
-                             f"{catalogue_path.name}; add it there or remove the row")
+    unknown = [row for row, name in enumerate(names) if name not in row_of]
+    if unknown:
+        more = f" ({len(unknown):,} such rows)" if len(unknown) > 1 else ""
+        raise InputError(f"{path}: data row {unknown[0] + 1} has item '{names[unknown[0]]}', which "
+                         f"is not in {catalogue_path.name}; add it there or remove the row{more}")
     index = np.fromiter((row_of[name] for name in names), np.int64, len(names))
     return id_array(catalogue, catalogue_path, "item"), index
 
@@ -474,8 +498,8 @@ def check_image_paths(images, path):
 
 
 def add_ready(ready, modality, path, n_rows, surplus=False):
-    """Notes a ready feature file, checked, where there is one."""
-    if path.exists():
+    """Notes a ready feature file, checked, where there is one; a link to nowhere is told."""
+    if os.path.lexists(path):
         check_features(path, n_rows, surplus)
         ready[modality] = (path, np.arange(n_rows, dtype=np.int64))
 
@@ -529,8 +553,9 @@ def merge_duplicates(dataset):
     # np.unique gives the rows in the order of the keys; the file's order stays.
     rows.sort()
     n_merged = len(keys) - len(rows)
-    if n_merged:
-        print(f"{dataset.name}: {n_merged:,} duplicate pairs merged (the first row kept)")
+    if not n_merged:
+        return dataset
+    print(f"{dataset.name}: {n_merged:,} duplicate pairs merged (the first row kept)")
     return keep(dataset, rows)
 
 

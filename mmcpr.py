@@ -26,6 +26,7 @@ processes, under torchrun. In one process they do nothing.
 """
 import argparse
 import platform
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -715,7 +716,7 @@ def pretrain_and_save(args):
             f"interrupted at epoch {report['epochs_run']}; {args.out} holds epoch "
             f"{report['epoch']}, the best so far; {checkpoint.remedy()}")
     checkpoint.remove()
-    print(f"wrote {args.out}; next: python finetune.py --init {args.out}")
+    print(f"wrote {args.out}; next: python finetune.py --init {shlex.quote(args.out)}")
 
 
 def main(argv=None):

@@ -47,6 +47,11 @@ class InputError(Exception):
     """What the user can mend: one line that names the file, the row and the remedy."""
 
 
+def is_machines(error):
+    """Whether an error while reading is the machine's, not the file's."""
+    return isinstance(error, MemoryError) or getattr(error, "errno", None) is not None
+
+
 def disk_is_full(error):
     return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
 
@@ -151,8 +156,8 @@ def open_npy(path, remedy):
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except Exception as error:  # numpy, ast, zipfile and mmap each raise their own
-        if isinstance(error, MemoryError) or getattr(error, "errno", None) is not None:
-            raise  # the machine's, not the file's
+        if is_machines(error):
+            raise
         reason = " ".join(str(error).split())[:90]
         raise InputError(f"{path}: not a readable .npy array ({reason}); {remedy}") from None
     if not isinstance(array, np.ndarray):
@@ -250,39 +255,62 @@ def check_outputs(outputs, inputs=(), folder=None):
     """InputError, before the work begins, where an output could not be written at its end.
 
     outputs: a path is None where that output was not asked for. inputs, and the data files in
-    `folder`, are read: they must not be written over, through a link either.
+    `folder`, are read: they must not be written over, through a link either, nor get company.
     """
     outputs = [path for path in outputs if path is not None]
-    if folder is not None and any(os.path.exists(path) for path in outputs):
-        inputs = [*inputs, *files_read(folder)]
     real = [os.path.realpath(path) for path in outputs]
     remedy = "choose another output path"
+    existing = {}  # {what identifies a file: its path}
     for path in outputs:
         if not path or real.count(os.path.realpath(path)) > 1:
             raise InputError(f"an output path is empty or given twice ('{path}'); {remedy}")
-        try:
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(
-                f"{path}: its folder cannot be made ({error.strerror}); {remedy}") from None
-        try:
-            # Renaming would replace a device, and cannot replace a folder.
-            if os.path.exists(path) and not os.path.isfile(path):
-                raise OSError
-            tempfile.TemporaryFile(dir=Path(os.path.realpath(path)).parent).close()
-        except OSError:
-            raise InputError(f"{path}: is no file, or lies in a folder that cannot be written; "
-                             f"{remedy}") from None
-        for read in inputs:
-            both_exist = os.path.exists(path) and os.path.exists(read)
-            if both_exist and os.path.samefile(path, read):
-                raise InputError(f"{path}: would overwrite {read}, which is read here; {remedy}")
+        check_can_be_written(path, remedy)
+        if os.path.exists(path):
+            existing[file_identity(path)] = path
+        elif folder is not None and would_be_read(path, folder):
+            raise InputError(f"{path}: would be read as a part of the data; {remedy}")
         remove_leftovers(path)
+    if folder is not None and existing:
+        inputs = [*inputs, *files_read(folder)]
+    for read in inputs:
+        path = existing.get(file_identity(read)) if os.path.exists(read) else None
+        if path is not None:
+            raise InputError(f"{path}: would overwrite {read}, which is read here; {remedy}")
+
+
+def file_identity(path):
+    """Equal for two paths of one file, through links."""
+    status = os.stat(path)
+    return status.st_dev, status.st_ino
+
+
+def check_can_be_written(path, remedy):
+    """InputError where no file can be renamed to this path; its folder is made."""
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"{path}: its folder cannot be made ({error.strerror}); {remedy}") from None
+    # Renaming would replace a device, and cannot replace a folder.
+    kind = kind_of_file(path)
+    if kind not in ("a file", "no such file"):
+        raise InputError(f"{path}: {kind}, where a file is expected; {remedy}")
+    try:
+        tempfile.TemporaryFile(dir=Path(os.path.realpath(path)).parent).close()
+    except OSError:
+        raise InputError(f"{path}: lies in a folder that cannot be written; {remedy}") from None
 
 
 # What may be an output of ours where it lies in a data set's folder, but for these names.
 OUTPUTS = (".npz", ".json", ".csv", ".ckpt")
 DATA_FILES = ("interactions.csv", "items.csv", "source.json", "image_urls.json")
+
+
+def would_be_read(path, folder):
+    """Whether a new file of this name would be one of the data set's in `folder`."""
+    is_in_folder = Path(os.path.realpath(path)).parent == Path(os.path.realpath(folder))
+    name = Path(path).name
+    return is_in_folder and (name in DATA_FILES or name.endswith((".npy", ".inter")))
 
 
 def files_read(folder):
@@ -505,8 +533,8 @@ class Checkpoint:
         try:
             yield
         except Exception as error:
-            if isinstance(error, MemoryError) or getattr(error, "errno", None) is not None:
-                raise  # the machine's, not the file's
+            if is_machines(error):
+                raise
             raise InputError(f"{self.path}: not a checkpoint of this version, or damaged; "
                              "delete it and start anew") from None
 
@@ -516,11 +544,14 @@ class Checkpoint:
         return self
 
     def __exit__(self, kind, *_):
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
+        # A second Ctrl-C does not cut off what the first one has written.
+        for number in self.handlers:
+            signal.signal(number, signal.SIG_IGN)
         # What happened outside the training loop, for example at the last evaluation.
         if kind is not None and not issubclass(kind, InputError):
             self.write()
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
         if kind is KeyboardInterrupt:
             raise InputError(f"interrupted; {self.remedy()}") from None
 
@@ -631,8 +662,6 @@ class Checkpoint:
         """At the end of a run that was not interrupted."""
         if not is_main_process():
             return
-        path = Path(self.path)
-        path.unlink(missing_ok=True)
+        Path(self.path).unlink(missing_ok=True)
         # What a kill in the middle of writing has left.
-        for temporary in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-            temporary.unlink(missing_ok=True)
+        remove_leftovers(self.path, age=0)

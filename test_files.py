@@ -166,6 +166,8 @@ TOO_FEW = csv_text("user,item", [(f"u{u}", f"i{u}") for u in range(3)])  # one e
      "interactions.csv, row 3: not UTF-8; save"),
     ("interactions.csv", "user;item\nu;i0\n",
      "row 1: no column 'user'; separate the columns by commas"),
+    ("interactions.csv", '"user";"item"\n"u";"i0"\n',
+     "interactions.csv, row 1: ',' expected after '\"'; separate the columns by commas"),
     ("interactions.csv", 'user,item\nu,i0\nu,"i1" x\n',
      "interactions.csv, row 3: "),
     ("interactions.csv", 'user,item\n"a\nb",i0\nu,"i1\nu,i2\nu,i3\n',
@@ -179,7 +181,9 @@ TOO_FEW = csv_text("user,item", [(f"u{u}", f"i{u}") for u in range(3)])  # one e
     ("items.csv", "item,text\ni0,x\n,y\n",
      "items.csv: data row 2 has no item"),
     ("interactions.csv", "user,item\nu,i0\nu,i9\n",
-     "interactions.csv: data row 2 has item 'i9', which is not in items.csv"),
+     "interactions.csv: data row 2 has item 'i9', which is not in items.csv; add it there or "),
+    ("interactions.csv", "user,item\nu,i9\nu,i0\nu,i8\n",
+     "data row 1 has item 'i9', which is not in items.csv; add it there or remove the row (2 such"),
     ("items.csv", GOOD["items.csv"] + "i2,again,\n",
      "items.csv: data row 7 lists item 'i2' a second time; remove"),
     ("items.csv", GOOD["items.csv"] + "j,x,a/../../x.png\n",
@@ -316,6 +320,37 @@ def test_columns_that_are_not_read_are_named(tmp_path, capsys):
         ]
 
 
+def test_names_with_spaces_and_columns_without_a_name(tmp_path, capsys):
+    """Of a header spaces do not count; of an id they do, and that is told."""
+    put(tmp_path / "shop", {
+        "interactions.csv": "user, item ,,\nu,i0,,\nu ,i0,,\nu,i1,,\n",
+        "items.csv": "item,text,,\ni0,x,,\ni1,y,,\n"})
+    dataset = data.load(str(tmp_path / "shop"))
+    assert dataset.user_ids.tolist() == ["u", "u "] and dataset.item_ids.tolist() == ["i0", "i1"]
+    out = capsys.readouterr().out
+    assert "(not read: one without a name, one without a name)" in out
+    assert "interactions.csv: 1 rows have a user with a space at an end, as 'u '" in out
+
+
+@pytest.mark.parametrize("files, names", [
+    (GOOD | {"items_text.npy": np.ones((6, 2))}, "items_text.npy"),
+    (GOOD | {"x.inter": INTER, "item.csv": "item\n"}, "item.csv, x.inter"),
+    ({"x.inter": INTER, "item_text.npy": np.ones((5, 2))}, "item_text.npy"),
+    ({"train.txt": "0 1 2\n", "test.txt": "0 3\n", "image.npy": np.ones((4, 2))}, "image.npy")])
+def test_tables_that_are_not_read_are_named(tmp_path, capsys, files, names):
+    """Whatever the folder's format."""
+    data.load(str(put(tmp_path / "shop", files)))
+    assert f"shop: not read: {names}\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["items.csv", "item_text.npy"])
+def test_link_to_nowhere_is_not_taken_as_absent(tmp_path, capsys, name):
+    put(tmp_path / "shop", GOOD | {name: None})
+    (tmp_path / "shop" / name).symlink_to(tmp_path / "unmounted")
+    assert prepare(tmp_path / "shop") == 2
+    assert f"{name}: no such file" in only_error(capsys).lower()
+
+
 def test_user_with_one_interaction_trains_and_is_not_tested(tmp_path):
     interactions = GOOD["interactions.csv"] + "single,i0,\n"
     shop = data.load(str(put(tmp_path, GOOD | {"interactions.csv": interactions})))
@@ -362,7 +397,9 @@ def test_next_command_names_the_data_as_it_was_given(tmp_path, capsys, monkeypat
     name = f"'{tmp_path / 'my shop'}'"
     flags = ("--min-count", 2, "--valid", 0.2, "--split-seed", 3)
     for argv, want in ((("--encoder", "tiny"), f"{name} --encoder tiny"),
-                       (flags, f"{name} --min-count 2 --valid 0.2 --split-seed 3")):
+                       (flags, f"{name} --min-count 2 --valid 0.2 --split-seed 3"),
+                       (("--clip-weights", "w file"),
+                        f"{name} --encoder tiny --clip-weights 'w file'\n")):
         assert call(data.main, "--data", "my shop", "--encoder", "tiny", *argv) == 0
         assert f"next: python mmcpr.py --data {want}" in capsys.readouterr().out
     assert call(data.main) == 0
@@ -740,6 +777,34 @@ def extract(folder, texts, encoder="tiny"):
     rows = encode.extract(
         bare_dataset(folder), "text", texts, encoder, ("m", "w"), folder, chunk=4)
     return np.array(rows)
+
+
+@pytest.mark.parametrize("encoder", ["tiny", "clip"])
+def test_text_of_spaces_is_none(tmp_path, monkeypatch, encoder):
+    monkeypatch.setattr(encode, "ClipEncoder", lambda *clip: encode.TinyEncoder())
+    rows = extract(tmp_path, ["a lamp", "  ", "\n\t", "\u00a0", ""], encoder)
+    assert np.isnan(rows).all(1).tolist() == [False, True, True, True, True]
+
+
+def test_encoder_is_loaded_once(tmp_path, monkeypatch, capsys):
+    """For texts and reviews; the next command loads its own."""
+    loaded = []
+
+    def load(*clip):
+        loaded.append(clip)
+        return encode.TinyEncoder()
+    monkeypatch.setattr(encode, "ClipEncoder", load)
+    dataset = data.load(str(put(tmp_path / "shop", GOOD)))
+    made = data.features(dataset, "TR", "clip", tmp_path / "cache", ("m", "w"), "cpu")
+    assert set(made) == {"T", "R"} and loaded == [("m", "w", "cpu")]
+    data.features(dataset, "TR", "clip", tmp_path / "other", ("m", "w"), "cpu")
+    assert len(loaded) == 2
+
+
+def test_ready_features_that_are_not_used_are_named(tmp_path, capsys):
+    files = GOOD | {"item_text.npy": np.ones((6, 2), np.float32)}
+    assert prepare(put(tmp_path / "shop", files)) == 0
+    assert "text: item_text.npy is not used with --encoder tiny" in capsys.readouterr().out
 
 
 def test_cached_features_are_not_made_again(tmp_path, monkeypatch):
@@ -1544,6 +1609,17 @@ def test_output_over_a_file_of_the_data(tmp_path, monkeypatch, capsys, main, fla
     assert call(main, "--data", "shop", "--epochs", 1, flag, path) == 2
     assert "which is read here; choose another output path" in capsys.readouterr().err
     assert target.read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["items.csv", "text_feat.npy", "x.inter"])
+def test_output_that_would_be_read_as_data(tmp_path, monkeypatch, capsys, name):
+    """A file of the data that is not there yet."""
+    monkeypatch.chdir(tmp_path)
+    put(tmp_path / "shop", GOOD | {"items.csv": None})
+    assert call(finetune.main, "--data", "shop", "--epochs", 0, "--recommend",
+                tmp_path / "shop" / name) == 2
+    assert f"{name}: would be read as a part of the data" in only_error(capsys)
+    assert not (tmp_path / "shop" / name).exists()
 
 
 def test_output_beside_the_data_may_be_renewed(tmp_path, monkeypatch):

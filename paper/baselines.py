@@ -25,6 +25,7 @@ One trainer serves them all. Validation Recall@20 chooses the epoch, and the lea
 several are given. Methods see the training interactions and the items' features; GCN-P also sees
 the users' features. An item without a modality has a row of zeros there.
 """
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -1299,7 +1300,7 @@ def main(argv=None):
     if is_trained and cosine > ALIKE:
         print(f"warning: item rows are nearly alike (mean cosine {cosine:.4f}): the method has "
               "learned little but a common direction")
-    print(f"wrote {args.out}; next: python finetune.py --init {args.out}")
+    print(f"wrote {args.out}; next: python finetune.py --init {shlex.quote(args.out)}")
 
 
 if __name__ == "__main__":
