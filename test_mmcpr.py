@@ -1133,7 +1133,7 @@ def test_output_that_nobody_reads(tmp_path):
     read, write = os.pipe()
     os.close(read)
     command = [sys.executable, HERE / "data.py", "--data", "shop"]
-    done = subprocess.run(command, cwd=tmp_path, stdout=write, stderr=subprocess.PIPE, timeout=60)
+    done = subprocess.run(command, cwd=tmp_path, stdout=write, stderr=subprocess.PIPE, timeout=300)
     os.close(write)
     assert done.returncode == 1 and done.stderr == b""
 
@@ -1206,13 +1206,13 @@ def kill_and_resume(folder, script):
             time.sleep(0.01)
         time.sleep(0.1)  # some epochs on, in the middle of whatever it is doing
         process.send_signal(kill)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=300)
         assert (b"goes on after epoch" if before else b"starting from the beginning") in out
         assert b"Traceback" not in err
         assert process.returncode == (2 if kill == signal.SIGTERM else -9), err
         assert kill != signal.SIGTERM or b"--resume goes on" in err
         assert len(list(cut.glob("*.ckpt"))) == 1
-    assert start(cut, "--resume").wait(60) == 0 and reference.wait(60) == 0
+    assert start(cut, "--resume").wait(300) == 0 and reference.wait(300) == 0
     assert not [*cut.glob("*.ckpt"), *cut.glob(".*.tmp")]
     user, item, reports = outcome(whole)
     user_cut, item_cut, reports_cut = outcome(cut)
@@ -1241,7 +1241,7 @@ def interrupt_training(folder, script, out, name):
         assert part, progress
         progress += part
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=300)
     assert process.returncode == 2 and b"error: interrupted" in err and b"Traceback" not in err
     assert (folder / name).exists()
 
