@@ -216,12 +216,14 @@ def finetune(parts, init, args, seed, device="cpu", checkpoint=None):
                 value = epoch  # without validation the last epoch is the best
                 if has_valid:
                     value = metrics.evaluate(*tables, train, parts.valid, (20,))["recall@20"]
-                    progress["history"].append({"epoch": epoch, "recall@20": value,
-                                                "loss": mean_loss})
-                    epochs.set_postfix({"loss": mean_loss, "valid recall@20": f"{value:.4f}"})
                 # The epoch is chosen on validation. Test is ranked once, at the very end.
                 if progress["best"] is None or value > progress["best"]["value"]:
                     progress["best"] = {"epoch": epoch, "value": value, "tables": tables}
+                if has_valid:
+                    progress["history"].append({"epoch": epoch, "recall@20": value,
+                                                "loss": mean_loss})
+                    # What the bar shows is kept: Ctrl-C may come at once.
+                    epochs.set_postfix({"loss": mean_loss, "valid recall@20": f"{value:.4f}"})
             progress["epoch"], progress["seconds"] = epoch, time.time() - started
             checkpoint.update(model, optimizer, progress)
 
