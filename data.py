@@ -432,8 +432,8 @@ def load_embeddings(path):
     except MemoryError:
         raise InputError(f"{path}: not enough memory for its tables") from None
     except Exception as error:  # zipfile, zlib, pickle, json and numpy each raise their own
-        if getattr(error, "errno", None) is not None:
-            raise  # the machine's, not the file's
+        if run.is_machines(error):
+            raise
         raise InputError(f"{path}: cut off, pickled or not an .npz file; "
                          "make it again with python mmcpr.py") from None
     check_meta(path, arrays["meta"])
@@ -607,12 +607,17 @@ def open_data(args, data_options=None, modalities="RTVG", contents=True):
 
 def data_flags(data_options):
     """The flags that name the same data and split on a command line."""
-    flags = f" --data {shlex.quote(data_options['data'])}"
     defaults = DATA_DEFAULTS | {"data_dir": os.path.abspath(DATA_DEFAULTS["data_dir"])}
+    del defaults["data"]  # it is always named
+    return f" --data {shlex.quote(data_options['data'])}" + changed_flags(data_options, defaults)
+
+
+def changed_flags(options, defaults):
+    """The options that are not as in `defaults`, as flags of a command line."""
+    flags = ""
     for name, default in defaults.items():
-        value = data_options[name]
-        if name != "data" and value != default:
-            flags += f" --{name.replace('_', '-')} {shlex.quote(str(value))}"
+        if options[name] != default:
+            flags += f" --{name.replace('_', '-')} {shlex.quote(str(options[name]))}"
     return flags
 
 
@@ -625,10 +630,9 @@ def main(argv=None):
     dataset, parts, data_options = open_data(args)
     features(dataset, "TVR", args.encoder, Path(data_options["data_dir"]),
              (args.clip_model, args.clip_weights), args.device)
-    flags = data_flags(data_options)
-    for name in ("encoder", "clip_model", "clip_weights"):
-        if getattr(args, name) != parser.get_default(name):
-            flags += f" --{name.replace('_', '-')} {shlex.quote(getattr(args, name))}"
+    names = ("encoder", "clip_model", "clip_weights")
+    encoding = {name: parser.get_default(name) for name in names}
+    flags = data_flags(data_options) + changed_flags(vars(args), encoding)
     print(f"next: python mmcpr.py{flags}")
 
 

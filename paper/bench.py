@@ -21,6 +21,7 @@ mixgcf_loss_plain and objective_plain.
 import argparse
 import contextlib
 import multiprocessing
+import shlex
 import statistics
 import sys
 import tempfile
@@ -761,7 +762,7 @@ def main(argv=None):
                                  "pass --data vg or --data tg")
         name = args.data[0]
         run.make_folder(args.write, {"generated": name}, lambda to: write_generated(name, to))
-        print(f"wrote {args.write}; next: python mmcpr.py --data {args.write}")
+        print(f"wrote {args.write}; next: python mmcpr.py --data {shlex.quote(str(args.write))}")
         return
     bandwidth, rate = machine(args.device)
     processor = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"

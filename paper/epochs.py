@@ -10,6 +10,7 @@ epochs the test is ranked, and all of it is written. The options are finetune.py
 train, with one seed.
 """
 import json
+import shlex
 import sys
 from pathlib import Path
 
@@ -50,7 +51,8 @@ def train_and_write(args):
         run.write_file(args.metrics, lambda file: json.dump(found, file, indent=1), "w")
 
     train(parts, arrays, args, write)
-    print(f"wrote {args.metrics}; next: python -m paper.epochs --figure epochs.png {args.metrics}")
+    print(f"wrote {args.metrics}; next: python -m paper.epochs --figure epochs.png "
+          f"{shlex.quote(args.metrics)}")
 
 
 def draw(path, curve_files):

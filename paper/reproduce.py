@@ -25,6 +25,7 @@ compares the two.
 """
 import argparse
 import os
+import shlex
 import signal
 import sys
 from dataclasses import replace
@@ -529,7 +530,8 @@ def main(argv=None):
             write_runs(sweep.folder / f"{name}.csv", sweep.cells.used)
     text = f"wrote {sweep.folder}"
     if args.target in ("regimes", "all"):
-        text += f"; next: python -m paper.map {sweep.label} --results {args.results}"
+        text += (f"; next: python -m paper.map {shlex.quote(sweep.label)} "
+                 f"--results {shlex.quote(args.results)}")
     print(text)
 
 
