@@ -11,7 +11,6 @@ import json
 import logging
 import os
 import re
-import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -262,8 +261,6 @@ def fill_cache(path, model, folder, what, contents, encoder, chunk):
         # What is held of a chunk's pictures stays below 256 MB.
         chunk = max(1, min(chunk, (1 << 28) // model.prepared_bytes))
         Image.init()  # all of Pillow's readers, before files are opened in many threads
-        # What is too large is left out, and told at the end.
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
     header = npy_header((len(contents), width))
     row_bytes = 2 * width
     part = path.with_suffix(".part")

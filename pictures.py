@@ -9,6 +9,7 @@ import io
 import mmap
 import re
 import threading
+import warnings
 
 import numpy as np
 from PIL import Image
@@ -35,6 +36,8 @@ def read_picture(file, size=None, reduce=None):
     InputError: a folder, pipe or device.
     """
     content = read_bytes(file)
+    # check_size says in one line what is too large.
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
     with blame_bytes():
         image = Image.open(io.BytesIO(content))
         check_size(image)

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 import weakref
 import zipfile
 import zlib
@@ -799,6 +800,15 @@ def test_encoder_is_loaded_once(tmp_path, monkeypatch, capsys):
     assert set(made) == {"T", "R"} and loaded == [("m", "w", "cpu")]
     data.features(dataset, "TR", "clip", tmp_path / "other", ("m", "w"), "cpu")
     assert len(loaded) == 2
+
+
+def test_large_picture_is_told_in_one_line(tmp_path, monkeypatch):
+    """By us, not by a warning of Pillow's: while it is encoded, and when it is asked for again."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 60)
+    path = put(tmp_path, {"a.png": png(size=(12, 9))}) / "a.png"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert pictures.read_picture(path).size == (12, 9)
 
 
 def test_ready_features_that_are_not_used_are_named(tmp_path, capsys):
@@ -3056,15 +3066,22 @@ def test_dripping_host_of_pictures(tmp_path, capsys, impatient, place):
     assert "1 fetched, 0 refused or no picture, 1 unreachable" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("place", DRIPS)
-def test_dripping_host_of_a_raw_file(tmp_path, capsys, monkeypatch, impatient, place):
+def test_dripping_hosts_of_a_raw_file(tmp_path, capsys, monkeypatch, impatient):
+    """All at once: what takes the time is waiting."""
     no_sleep(monkeypatch)
-    with server({"/categoryFilesSmall/Tiny_5.json.gz": drip(DRIPS[place])}) as (url, log):
-        start = time.monotonic()
-        assert prepare("amazon:Tiny", "--amazon-url", url, data_dir=tmp_path) == 2
-        assert time.monotonic() - start < 6
-    assert "too slow; run the command again to go on" in only_error(capsys)
-    assert len(log) == 5
+
+    def wait_for(place):
+        with server({"/categoryFilesSmall/Tiny_5.json.gz": drip(DRIPS[place])}) as (url, log):
+            start = time.monotonic()
+            code = prepare("amazon:Tiny", "--amazon-url", url, data_dir=tmp_path / place)
+            return code, time.monotonic() - start, len(log)
+
+    with ThreadPoolExecutor(len(DRIPS)) as pool:
+        for code, seconds, n_asked in pool.map(wait_for, DRIPS):
+            assert code == 2 and seconds < 6 and n_asked == 5
+    err = capsys.readouterr().err
+    assert err.count("error: ") == len(DRIPS) and "Traceback" not in err
+    assert err.count("too slow; run the command again to go on") == len(DRIPS)
 
 
 def test_slow_but_steady_raw_file_is_fetched(tmp_path, monkeypatch):
