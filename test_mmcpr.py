@@ -1380,6 +1380,7 @@ def start_two(script, flags, torchrun):
 
 @pytest.mark.parametrize("script, options, torchrun", [
     ("mmcpr.py", ("--batch", "13"), True),
+    ("mmcpr.py", ("--lam", "1", "--cima", "bce"), False),
     ("finetune.py", ("--batch", "53", "--metrics", "1.json"), False)])
 def test_two_processes_get_what_one_gets(trained, script, options, torchrun):
     """Losses, validation and embeddings of one process, to rounding; one of the two reports."""
