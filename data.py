@@ -47,7 +47,8 @@ def split(users, seed=0, valid=0.1):
     n_train = np.maximum(1, 4 * count // 5)
     place = random_place(users, rng)
     part = np.where(place < n_train[users], TRAIN, TEST).astype(np.int8)
-    part[hold_out(part, place == 0, valid, rng)] = VALID
+    held_out = hold_out(part, place == 0, valid, rng)
+    part[held_out] = VALID
     return part
 
 
@@ -82,7 +83,8 @@ def drop_training(part, users, share, seed):
     place = random_place(users[train], np.random.default_rng(seed))
     count = np.bincount(users[train])
     n_kept = np.maximum(1, np.floor(share * count + 0.5))
-    part[train[place >= n_kept[users[train]]]] = DROPPED
+    is_dropped = place >= n_kept[users[train]]
+    part[train[is_dropped]] = DROPPED
     return part
 
 
@@ -122,7 +124,8 @@ def split_dataset(dataset, seed=0, valid=0.1, share=1.0, share_new=0.0):
     """The Parts of a Dataset: its published split where it has one, otherwise ours.
 
     share: of each user's training interactions that are kept, to see what less data does;
-    share_new: of the items that become new ones, the only ones that the test ranks.
+    share_new: of the items that become new: nothing of them is in training, and the test ranks
+    them alone.
     """
     if dataset.labels is None:
         part = split(dataset.users, seed, valid)
@@ -323,6 +326,9 @@ def features(dataset, modalities, encoder="auto", data_dir=Path("data"), clip=CL
     for modality, what in CONTENT.items():
         if modality not in modalities:
             continue
+        if modality in dataset.ready and modality not in ready:
+            name = dataset.ready[modality][0].name
+            print(f"{what}: {name} is not used with --encoder {encoder}, but with --encoder auto")
         contents = contents_of(dataset, modality)
         if modality in ready:
             path, rows = ready[modality]
@@ -331,10 +337,7 @@ def features(dataset, modalities, encoder="auto", data_dir=Path("data"), clip=CL
         elif contents is not None:
             table = encode.extract(dataset, what, contents, encoder, clip, data_dir,
                                    device=device, load=load_once)
-        if modality in dataset.ready and modality not in ready:
-            name = dataset.ready[modality][0].name
-            print(f"{what}: {name} is not used with --encoder {encoder}, but with --encoder auto")
-        if modality not in ready and contents is None:
+        else:
             print(f"{what}: none in this data", flush=True)
             continue
         is_missing = missing_rows(table)
@@ -582,8 +585,8 @@ def open_data(args, data_options=None, modalities="RTVG", contents=True):
             data_options[name] = stored[name]
         if getattr(args, name) is not None:
             data_options[name] = getattr(args, name)
-    # An emb.npz, which may come from elsewhere, names what is read and where. It does not decide
-    # where anything is written: what is not there is made only for a flag.
+    # An emb.npz may come from a stranger. It may say what is read, but nothing is downloaded or
+    # written at its word: data that is not there is made only for a --data on the command line.
     may_make = args.data is not None or not stored
     # A --data given here is looked for in ./data, not in the folder that emb.npz names.
     if args.data is not None and args.data_dir is None:

@@ -265,23 +265,18 @@ def train_and_valid(parts):
 
 
 def out_of_patience(values, patience):
-    """Whether `patience` validations in a row, the last of `values`, brought no new best.
+    """Whether the last `patience` validations, of `values`, brought no new best.
 
-    Waiting starts at the lowest of the first `patience` ones, and a new best is one above all
-    since then. From a random start the first is the lowest: MixGCF's rule. A pre-trained start
-    falls before it rises above itself, and would be stopped on its way up. Of .10 .05 .04 .06 .05
-    .05, with a patience of 2, it starts at .05; .06 is a new best, and the last two end it.
+    What came before the lowest of the first `patience` ones does not count: a pre-trained start
+    falls before it rises above itself, and would be stopped on its way up. From a random start
+    the first is the lowest, which is MixGCF's rule. Of .10 .05 .04 .06 .05 .05, with a patience of
+    2, it counts from .05 on; .06 is the best, and the last two end it.
     """
-    waited, lowest, best_since = 0, np.inf, np.inf
-    for count, value in enumerate(values, 1):
-        if count <= patience and value < lowest:
-            # Still falling: what counts as a gain is measured from here.
-            lowest, best_since, waited = value, value, 0
-        elif value > best_since:
-            best_since, waited = value, 0
-        else:
-            waited += 1
-    return waited >= patience
+    if not values:
+        return False
+    lowest = int(np.argmin(values[:patience]))
+    best = lowest + int(np.argmax(values[lowest:]))
+    return len(values) - 1 - best >= patience
 
 
 # --- What is written and printed ----------------------------------------------------------
@@ -290,8 +285,8 @@ def recommend(path, user, item, dataset, parts, top=20, all_seen=False):
     """recs.csv: each user's `top` best items with ranks and scores.
 
     As the test ranks them: without training and validation items; held-out test items are
-    candidates. With --new-items all items are, not only the new ones. all_seen: without any item
-    that the user is known to have, for use.
+    candidates. With --new-items all items are, not only the new ones. all_seen: without the
+    user's items in training, validation and test, for use. (What --keep drops is not known.)
     """
     seen = train_and_valid(parts)
     if all_seen:

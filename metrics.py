@@ -10,8 +10,8 @@ import torch
 
 import run
 
-# Scores held at a time, however many users there are: 32 MB, on a GPU 256 MB, as every chunk costs
-# it a wait for the host.
+# How many scores are held at a time: 32 MB of them on a CPU. On a GPU 256 MB: it waits for the host
+# at every chunk, so there should be few.
 CHUNK_SCORES = 1 << 23
 CHUNK_SCORES_GPU = 1 << 26
 
@@ -81,14 +81,12 @@ def truth_ranks(user, item, seen, truth, top):
     pairs = truth.sorted_indices().tocoo()
     keys = torch.from_numpy(pairs.row.astype(np.int64) * n_items + pairs.col).to(device)
     ranks = torch.zeros(len(keys), dtype=torch.int64, device=device)
-    position = torch.arange(1, top + 1, device=device)                                   # [top]
     for chunk, _, ranked in rank(user, item, seen, top, users[run.my_share()]):
         ranked_keys = torch.from_numpy(chunk).to(device)[:, None] * n_items + ranked  # [c, top]
         entry = torch.searchsorted(keys, ranked_keys).clamp_(max=len(keys) - 1)
         is_hit = keys[entry] == ranked_keys
-        # An entry is hit at one position at most; what is no hit adds 0 to some entry.
-        hit_position = is_hit * position[:is_hit.shape[1]]
-        ranks.index_add_(0, entry.flatten(), hit_position.flatten())
+        row, place = is_hit.nonzero(as_tuple=True)
+        ranks[entry[row, place]] = place + 1
     return run.all_sum(ranks).cpu().numpy()
 
 

@@ -62,7 +62,7 @@ DEFAULTS = dict(
 
 ALL = slice(None)  # every node: x[ALL] is x itself, where x[arange(n)] would copy it
 
-DEAD = 1e-3  # a modality whose attention, or whose variance over the nodes, is below this
+DEAD = 1e-3  # a modality counts as dead where its mean attention or its variance is below this
 
 CLEARLY_BELOW = 0.98  # a loss is clearly below another one where it is below this share of it
 
@@ -131,10 +131,10 @@ def inter_modal_aggregation(projected, present, a):
 
 
 def normalise(features):
-    """What W sees of a modality (ours): rows of length 1, centred, rescaled to a mean length of 1.
+    """What W sees of a modality (ours): rows of length 1, centred, over their RMS length.
 
     features [n, d_m], NaN rows where a node lacks the modality -> (float32 [n, d_m], present
-    bool [n]). The mean length is the root mean square.
+    bool [n]).
     """
     x = torch.from_numpy(np.array(features, np.float32))
     # A missing row becomes 0: NaN would spread to the gradient of W.
@@ -166,7 +166,7 @@ class Tower(nn.Module):
         present = []
         for name in features:
             x, has_it = normalise(features[name])
-            # A buffer goes to the GPU with the model, and is left out of checkpoints.
+            # A buffer goes to the GPU with the model; not persistent, it is in no checkpoint.
             self.register_buffer(f"feature_{name}", x, persistent=False)
             width[name] = x.shape[1]
             present.append(has_it)
@@ -201,7 +201,7 @@ class Tower(nn.Module):
         projected = []
         for name in self.modalities:
             if name == "G":
-                # All nodes are encoded (Eq. 5, 9): neighbours of these may be any.
+                # All nodes are encoded (Eq. 5, 9): any may be a neighbour of `nodes`.
                 encoded = graph_encoder(self.e0, self.graph, self.n_layers)[nodes]      # [b, d]
             else:
                 encoded = self.get_buffer(f"feature_{name}")[nodes]                   # [b, d_m]
@@ -275,9 +275,9 @@ class MMCPR(nn.Module):
     """Both towers, and the bias of the score, which is trained but not written to emb.npz.
 
     R: CSR [n_users, n_items]; features: {"R": [n_users, d_m], "T", "V": [n_items, d_m]}, any
-    subset; use_graphs: whether there is modality G; bias: "global", one number, or "none", as in
-    Eq. 15; known_items: int64, those that both losses see, None: all. `objective` below is what is
-    computed in a step.
+    subset; use_graphs: whether to use modality G; bias: "global", one number, or "none", as in
+    Eq. 15; known_items: int64, the items that both losses see; None: all. `objective`, below, is
+    one step's loss.
     """
 
     def __init__(self, R, features, use_graphs=True, dim=DEFAULTS["dim"],
@@ -332,7 +332,7 @@ def objective(model, R, users, cima_items, positives_per_block, lam=DEFAULTS["la
     cima_items int64 [N]; positives_per_block: the mean number of training interactions in a block.
 
     L1 and L2 are sums. The loss is L / positives_per_block: one constant under both, so that lam
-    weighs them as in the paper and the size of a block does not matter:
+    weighs the two sums, as in the paper:
 
         loss = lam L1 / positives_per_block + (1 - lam) L2 / positives_per_block
 
@@ -355,7 +355,7 @@ def objective(model, R, users, cima_items, positives_per_block, lam=DEFAULTS["la
         rows, cols = ops.row_entries(R, users)
         l2 = ops.bce(user, item, bias, rows, cols)                                      # (Eq. 15)
         l2_per_positive = l2 / positives_per_block
-    l1 = l1_per_item * len(cima_items)  # Eq. 11 is a sum over items
+    l1 = l1_per_item * len(cima_items)  # the sum of Eq. 11
     loss = lam * l1 / positives_per_block + (1 - lam) * l2_per_positive                 # (Eq. 16)
     return l1_per_item, l2_per_positive, loss
 
@@ -381,7 +381,8 @@ def start_training(parts, features, args, device):
     print_graphs(model)
     cima_items, heldout_items = choose_cima_items(model, args)
     # The loss is (1 - lam) / nnz times the sum of Eq. 15. A Gaussian prior of precision c on every
-    # entry w adds c / 2 w^2 to that sum: a weight decay of c (1 - lam) / nnz.
+    # entry w adds c / 2 w^2 to that sum: a weight decay of c (1 - lam) / nnz. (The last block may
+    # be smaller, but its step has all of the decay.)
     decay = args.weight_decay * (1 - args.lam) / train.nnz
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, weight_decay=decay, fused=True)
     return Training(model, optimizer, R, cima_items, heldout_items)

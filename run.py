@@ -301,7 +301,7 @@ def check_can_be_written(path, remedy):
         raise InputError(f"{path}: lies in a folder that cannot be written; {remedy}") from None
 
 
-# What may be an output of ours where it lies in a data set's folder, but for these names.
+# A file in a data set's folder that ends so may be an output of ours, but for these names.
 OUTPUTS = (".npz", ".json", ".csv", ".ckpt")
 DATA_FILES = ("interactions.csv", "items.csv", "source.json", "image_urls.json")
 
@@ -434,7 +434,7 @@ def is_main_process():
 
 
 def wait_for_all():
-    """A process that leaves early would make torchrun end the others."""
+    """Returns when every process is here: where one left early, torchrun would end the others."""
     if dist.is_initialized():
         dist.barrier()
 
