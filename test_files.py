@@ -2224,6 +2224,15 @@ def test_checkpoint_that_is_no_file(tmp_path, resume):
         run.Checkpoint(tmp_path / "a.ckpt", resume)
 
 
+def test_checkpoint_in_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
+    """Said before the work, not at the first checkpoint; root may write anywhere."""
+    def refuse(**options):
+        raise PermissionError
+    monkeypatch.setattr(run.tempfile, "TemporaryFile", refuse)
+    with pytest.raises(InputError, match="cannot be written; it is this run's checkpoint"):
+        run.Checkpoint(tmp_path / "a.ckpt")
+
+
 def test_cached_features_of_another_shape(tmp_path, capsys):
     """A file that was copied over the cache is named, not used."""
     put(tmp_path / "shop", GOOD)
