@@ -30,11 +30,11 @@ def prepare(category, folder, url=AMAZON_URL):
     reviews = folder / f"{category}_5.json.gz"
     meta = folder / f"meta_{category}.json.gz"
     key = {"version": 1, reviews.name: None, meta.name: None}
-    # Before anything is downloaded: the folder may be the user's.
+    # Checked before anything is downloaded: InputError where the folder is the user's own.
     is_made = saved_key(prepared, key, FILES) is not None
     has_raw_files = reviews.exists() and meta.exists()
     if is_made and not has_raw_files:
-        return prepared  # the raw files have been removed since
+        return prepared  # the raw files have been removed since it was made
     folder.mkdir(parents=True, exist_ok=True)
     for path, part in ((reviews, "categoryFilesSmall"), (meta, "metaFiles2")):
         unpacked = path.with_suffix("")
@@ -42,7 +42,7 @@ def prepare(category, folder, url=AMAZON_URL):
             raise InputError(f"{unpacked}: {path.name} is read here; run gzip on it")
         if not path.exists():
             fetch_file(f"{url.rstrip('/')}/{part}/{path.name}", path)
-    # The folder is made anew when a raw file is another one.
+    # Size and time are in the key: when a raw file changes, the folder is made anew.
     for path in (reviews, meta):
         key[path.name] = [path.stat().st_size, path.stat().st_mtime_ns]
     return make_folder(prepared, key, lambda target: write_amazon(target, reviews, meta), FILES)
@@ -55,7 +55,7 @@ def write_amazon(folder, reviews, meta):
     interactions, n_bad_reviews = read_reviews(reviews)
     bought = {row[1] for row in interactions}
     catalogue, addresses, n_bad_items = read_catalogue(meta, bought)
-    # The earliest comes to the front: of a pair's reviews folders.py keeps that one.
+    # The earliest reviews come first: of a pair's reviews folders.py keeps the first.
     interactions.sort(key=lambda row: row[3])
     kept = [row[:3] for row in interactions if row[1] in catalogue]
     if not kept:
@@ -75,7 +75,7 @@ def write_amazon(folder, reviews, meta):
 def read_reviews(path):
     """([(user, item, review, seconds since 1970)], number of reviews without usable ids).
 
-    A review without text is its summary.
+    Where a review has no text, its summary is used.
     """
     interactions, n_bad = [], 0
     for record in read_records(path, ("reviewerID", "asin")):
@@ -89,7 +89,7 @@ def read_reviews(path):
 
 
 def read_catalogue(path, bought):
-    """What the metadata say of the items bought.
+    """What the metadata say about the items in `bought`.
 
     ({item: (item, text, image path or '')}, {image path: addresses}, number without usable id)
     """
@@ -98,7 +98,7 @@ def read_catalogue(path, bought):
         item = clean_id(record["asin"])
         n_bad += not item
         if item not in bought or item in catalogue:
-            continue  # of an item that is listed twice the entry read earlier counts
+            continue  # where an item is listed twice, its first entry counts
         urls = image_addresses(record)
         image = image_path(item) if urls else ""
         if urls:
@@ -108,7 +108,7 @@ def read_catalogue(path, bought):
 
 
 def image_path(item):
-    """Where an item's picture lies. No two share a file, not even where A.jpg is a.jpg."""
+    """The path of an item's picture. No two share a file, even on a disk that ignores case."""
     name = item
     if not re.fullmatch("[A-Z0-9]{1,20}", item):
         name = hashlib.sha256(item.encode()).hexdigest()[:32]
@@ -119,7 +119,7 @@ def image_path(item):
 
 RELEASE = ("what is read here is the 2018 release: its 5-core reviews and its metadata, packed by "
            "gzip, one JSON record a line")
-# What other files' lines begin with.
+# How a line of some other file begins, and what the message then adds.
 OTHER_ROWS = (
     (b"\x1f\x8b", "; the file is packed twice: run gunzip on it once and keep its name"),
     (b"{'", "; looks like the 2014 release (Python literals)"),
@@ -131,9 +131,9 @@ LONGEST_ROW = 1 << 24  # bytes, so that a file without line ends does not fill t
 
 
 def read_records(path, fields):
-    """Yields the records of a .json.gz file, which have all `fields`, one in memory at a time.
+    """Yields the records of a .json.gz file, one in memory at a time; each has all `fields`.
 
-    InputError for a file of another release or shape: it says which, as far as that can be seen.
+    InputError for a file of another release or shape: it says which one, where it can tell.
     """
     check_is_file(path)
     row = 0
@@ -168,10 +168,10 @@ def not_gzip(path):
 
 
 def parse_record(path, row, line, fields):
-    """The record of one line; InputError where it is none, or not of this kind of file."""
+    """The record of one line; InputError where it is none, or from another kind of file."""
     try:
         record = json.loads(line)
-    except (ValueError, RecursionError):  # a number of 5,000 digits and deep nesting among them
+    except (ValueError, RecursionError):  # also for 5,000-digit numbers and deep nesting
         record = None
     if not isinstance(record, dict):
         looks = [words for start, words in OTHER_ROWS if line.startswith(start)]
@@ -192,7 +192,7 @@ def parse_record(path, row, line, fields):
 # --- Fields ---------------------------------------------------------------------------------
 
 def clean_id(value):
-    """An id as text; '' where it is none: null, a list, control characters, half a surrogate."""
+    """An id as text; '' for anything else: null, a list, control characters, half a surrogate."""
     if type(value) is int:
         value = str(value)
     if not isinstance(value, str):
@@ -219,10 +219,10 @@ def clean(value):
     if type(value) not in (str, int):
         return ""
     text = str(value)
-    # Where a field was cut, a tag may not be closed: then it reaches to the end.
+    # In a field that was cut short, a tag may not be closed: then it reaches to the end.
     text = re.sub(r"(?is)<(script|style)\b.*?(</\1>|$)", " ", text)
     text = re.sub(r"<[/!a-zA-Z][^>]*(>|$)", " ", text)
-    # Python reads no number of so many digits.
+    # html.unescape fails on numbers of so many digits.
     text = re.sub(r"&#[0-9]{1000,};?", " ", text)
     text = html.unescape(text).replace("\0", " ")
     # Half a surrogate pair cannot be written as UTF-8: it becomes "?".
@@ -233,8 +233,8 @@ def clean(value):
 def item_text(record):
     """Title, description, features and brand.
 
-    also_buy, also_view, similar_item and rank come from interactions, held-out ones too: they are
-    never read.
+    The fields also_buy, also_view, similar_item and rank are never read, because they come from
+    interactions, including held-out ones.
     """
     title = clean(record.get("title"))
     if "getTime" in title:

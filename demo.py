@@ -1,9 +1,9 @@
-"""The synthetic shop behind `--data demo`: small, ready in seconds, and with a truth to find.
+"""The synthetic shop behind `--data demo`: small, ready in seconds, with a structure to find.
 
 Users and items have hidden tastes. Who buys what depends only on the tastes of both and on how
-popular the item is. A taste makes some colours, shapes, nouns and styles likelier, and from these
-the pictures are drawn and the descriptions and reviews written. So contents say something about
-who will buy, but nothing in a picture or a sentence names a taste, a user or a popularity.
+popular the item is. A taste makes some colours, shapes, nouns and styles likelier, and pictures,
+descriptions and reviews are made from these. So an item's contents say something about who will
+buy it, but no picture and no sentence names a taste, a user or a popularity.
 """
 import math
 
@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 
 from run import write_csv
 
-DEMO_VERSION = 1  # raise it when the shop changes, and it is made anew
+DEMO_VERSION = 1  # raise it when the shop changes, so that it is made anew
 
 COLOURS = {
     "red": (200, 50, 45), "orange": (230, 140, 40), "yellow": (225, 210, 70),
@@ -42,7 +42,7 @@ FILLER = (
 
 
 def write_demo(folder, n_users=2000, n_items=1000, n_tastes=16):
-    """Writes interactions.csv, items.csv and images/ into an empty folder, always the same."""
+    """Writes interactions.csv, items.csv and images/ into an empty folder, the same each time."""
     rng = np.random.default_rng(20220627)
     # An item has a main taste and a touch of a second.
     main, second = rng.integers(n_tastes, size=(2, n_items))
@@ -57,7 +57,7 @@ def write_demo(folder, n_users=2000, n_items=1000, n_tastes=16):
         ground = COLOUR_NAMES[rng.integers(len(COLOURS))]
         text = describe(rng, colour, shape, noun, style, ground)
         picture = draw(rng, COLOURS[colour], shape, COLOURS[ground])
-        # Few shops have a text and a picture of everything.
+        # As in most shops, some items lack a text or a picture.
         has_text, has_image = rng.random(2) >= (0.08, 0.12)
         name = f"images/i{i}.png"
         if has_image:
@@ -82,11 +82,11 @@ def draw_purchases(rng, item_taste, n_users):
     popularity = (30.0 + rng.permutation(n_items)) ** -0.8
     user_taste = rng.dirichlet(np.full(n_tastes, 0.12), n_users)    # two or three tastes each
     utility = np.log(popularity) + 8.0 * user_taste @ item_taste.T  # [n_users, n_items]
-    # The k best after Gumbel noise are k draws without replacement, in proportion to
-    # exp(utility).
+    # The k items with the largest utility plus Gumbel noise are k draws without replacement,
+    # with probabilities in proportion to exp(utility).
     utility += rng.gumbel(size=(n_users, n_items))
     ranking = np.argsort(-utility, axis=1)
-    # Five interactions and more, eleven on average.
+    # Each user has at least five interactions, eleven on average.
     amount = 5 + np.minimum(rng.poisson(rng.gamma(2.0, 3.0, n_users)), n_items // 4)
     return [ranking[u, :amount[u]] for u in range(n_users)]
 
@@ -102,7 +102,7 @@ def draw_favourites(rng, n_tastes):
 
 
 def draw_attributes(rng, favourites, taste):
-    """(colour, shape, noun, style) of an item: each follows its main taste only so often."""
+    """(colour, shape, noun, style) of an item: each follows its main taste or is random."""
     return (
         pick(rng, COLOUR_NAMES, favourites["colour"][taste], 0.6),
         pick(rng, SHAPES, favourites["shape"][taste], 0.6),
@@ -119,7 +119,7 @@ def pick(rng, choices, favourites, probability):
 
 
 def describe(rng, colour, shape, noun, style, ground):
-    """A description in one of three forms; those who write them err about the colour at times."""
+    """A description in one of three forms; sometimes it names a random colour instead."""
     if rng.random() >= 0.85:
         colour = COLOUR_NAMES[rng.integers(len(COLOURS))]
     text = rng.choice([
@@ -133,7 +133,7 @@ def describe(rng, colour, shape, noun, style, ground):
 
 
 def write_review(rng, attributes):
-    """A few of the item's attributes and a phrase that says nothing; a fifth is empty."""
+    """Some of the item's attributes, often with a filler phrase; a fifth are left empty."""
     words = [word for word in attributes if rng.random() < 0.4]
     if rng.random() < 0.7:
         words.append(rng.choice(FILLER))

@@ -1,7 +1,8 @@
-"""Downloads from hosts that cut, stall, drip, refuse, or answer with a log-in page.
+"""Downloads from hosts that break off, stall, are slow, refuse, or answer with a log-in page.
 
 `fetch_file` gets one large file, `fetch_images` a prepared folder's pictures. Both go on where
-they were interrupted. Only what a whole file or the server itself says is remembered.
+they were interrupted. A picture is given up for good only where the server refuses it, or
+where its whole file has come and is no picture.
 """
 import http.client
 import io
@@ -22,20 +23,20 @@ from tqdm import tqdm
 from pictures import BadPicture, read_picture
 from run import InputError, check_is_file, disk_is_full, remove_leftovers, write_file
 
-# A connection is given up after so many seconds without a byte, or when so many seconds have
-# not brought a whole picture, or so many bytes of a large file.
+# A connection is given up after SILENCE seconds without a byte. It is also given up when WINDOW
+# seconds have not brought a whole picture or, of a large file, WINDOW_BYTES.
 SILENCE = 30
 WINDOW = 60
 WINDOW_BYTES = 60 << 10
-UNREACHABLE = 32  # pictures in a row, after which no more are tried
-# What an answer, or the lack of one, raises in the standard library.
+UNREACHABLE = 32  # after so many failed pictures in a row, no more are tried
+# What the standard library raises for a bad answer or for none.
 NETWORK_ERRORS = (OSError, http.client.HTTPException, ValueError, OverflowError)
 
 
 # --- Connections ------------------------------------------------------------------------------
 
 def is_address(url):
-    """Whether it can be asked for: http or https, and without what no address may have."""
+    """Whether this is a well-formed http or https address, which can be requested."""
     if not isinstance(url, str) or not re.fullmatch("https?://[!-~]+", url):
         return False
     try:
@@ -67,7 +68,7 @@ class CountedReader(io.RawIOBase):
 class PacedHandler(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
     """http and https. TimeoutError where WINDOW seconds bring fewer than n_least bytes.
 
-    The silence limit alone would let a host drip a byte every few seconds for ever.
+    The SILENCE limit alone would let a host send one byte every few seconds for ever.
     """
 
     def __init__(self, n_least):
@@ -75,7 +76,7 @@ class PacedHandler(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
         self.n_least, self.n_bytes, self.start = n_least, 0, time.monotonic()
 
     def count(self, n_bytes):
-        # Called by CountedReader, redirects and further tries included.
+        # CountedReader calls this. Redirects and further tries add to the same count.
         self.n_bytes += n_bytes
         if time.monotonic() - self.start > WINDOW:
             if self.n_bytes < self.n_least:
@@ -83,7 +84,8 @@ class PacedHandler(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
             self.n_bytes, self.start = 0, time.monotonic()
 
     def do_open(self, connection_class, request, **options):
-        # http.client reads the head by itself: only what it reads from can be counted.
+        # http.client itself reads an answer's head, so the bytes are counted in the file that
+        # it reads from.
         def respond(*args, **more):
             response = http.client.HTTPResponse(*args, **more)
             response.fp = io.BufferedReader(CountedReader(response.fp.detach(), self.count))
@@ -98,7 +100,7 @@ class PacedHandler(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
 
 
 def paced_opener(n_least):
-    """Speaks nothing but http and https, not after a redirect either."""
+    """An opener that speaks only http and https, also after a redirect."""
     opener = urllib.request.OpenerDirector()
     opener.add_handler(PacedHandler(n_least))
     for name in ("ProxyHandler", "UnknownHandler", "HTTPDefaultErrorHandler",
@@ -108,7 +110,7 @@ def paced_opener(n_least):
 
 
 def request(opener, url, start=0):
-    """The open connection; start: the number of bytes to leave out."""
+    """The open connection to url; start: the number of bytes to skip at the front."""
     headers = {"User-Agent": "Mozilla/5.0 (MMCPR)"}
     if start:
         headers["Range"] = f"bytes={start}-"
@@ -116,7 +118,7 @@ def request(opener, url, start=0):
 
 
 def is_refusal(error):
-    """Whether an HTTP error is the server's last word; others may not come again."""
+    """Whether an HTTP error is final; after any other, a new try may succeed."""
     return error.code in (400, 401, 403, 404, 405, 410, 451)
 
 
@@ -125,9 +127,9 @@ def reason_of(error):
 
 
 def is_text(body):
-    """Whether an answer is no file but words, or nothing: a network's log-in page, an excuse.
+    """Whether an answer is text or empty instead of a file: a log-in page, an error page.
 
-    Pictures and packed files have a zero byte near their front.
+    Pictures and packed files have a zero byte near their start.
     """
     return b"\0" not in body[:512] and not body.startswith(b"\x1f\x8b")
 
@@ -139,9 +141,9 @@ def file_size(path):
 
 
 def fetch_file(url, path, patience=5):
-    """Downloads url to path, through path.part: it goes on where it stopped.
+    """Downloads url to path; path.part keeps what has come, so that a new try goes on there.
 
-    InputError after `patience` tries in a row that brought next to nothing.
+    InputError where the server refuses, or `patience` tries in a row bring next to nothing.
     """
     part = path.with_name(path.name + ".part")
     failures = 0
@@ -157,7 +159,7 @@ def fetch_file(url, path, patience=5):
             if error.headers.get("Content-Range") == f"bytes */{size_before}":
                 break  # the file was whole already
             if error.code == 416:
-                # Our bytes are more than the server's: they belong to another file.
+                # We have more bytes than the server: they belong to another file.
                 part.unlink(missing_ok=True)
             elif is_refusal(error):
                 raise InputError(
@@ -167,7 +169,7 @@ def fetch_file(url, path, patience=5):
             if disk_is_full(error):
                 raise
             reason = reason_of(error)
-        # A connection that is cut again and again, but brings something, is fine.
+        # A try that is cut off but has brought enough does not count as a failure.
         has_grown = file_size(part) >= size_before + WINDOW_BYTES
         failures = 0 if has_grown else failures + 1
         if failures == patience:
@@ -178,7 +180,7 @@ def fetch_file(url, path, patience=5):
 
 
 def receive(url, part, name):
-    """One try to get what `part` lacks; whether it is whole now, as far as the server says."""
+    """Tries once to get what `part` lacks; True if it is whole, as far as the server says."""
     start = file_size(part)
     with request(paced_opener(WINDOW_BYTES), url, start) as answer:
         # A server that knows no ranges answers with the whole file (200, not 206).
@@ -188,7 +190,7 @@ def receive(url, part, name):
             total = int(total) + (start if goes_on else 0)
         block = answer.read(512)
         if not goes_on and is_text(block):
-            # Before `part` is opened: what it holds is not lost to such a page.
+            # Checked before `part` is opened, so that such a page does not replace its bytes.
             raise ValueError("the answer is empty or a web page, not the file")
         with (open(part, "ab" if goes_on else "wb") as file,
               tqdm(total=total, initial=file.tell(), unit="B", unit_scale=True, desc=name) as bar):
@@ -204,9 +206,10 @@ def receive(url, part, name):
 def fetch_images(folder, workers=16):
     """Downloads the pictures of a prepared folder that are not there yet.
 
-    What does not come is counted; only what cannot be written is an error. What the server refuses
-    for good, or is whole and no picture, is noted in images/refused.txt and not asked for again.
-    After UNREACHABLE failures in a row the rest is left for another run.
+    Pictures that cannot be fetched are only counted; a file that cannot be written is an error.
+    A picture that the server refuses for good, or whose whole file is no picture, is noted in
+    images/refused.txt and not requested again. After UNREACHABLE failures in a row the rest is
+    left for another run.
     """
     addresses = read_addresses(folder / "image_urls.json")
     (folder / "images").mkdir(exist_ok=True)
@@ -224,8 +227,8 @@ def fetch_images(folder, workers=16):
         if path.is_symlink():
             raise InputError(f"{path}: a link, which may lead out of the folder; remove it "
                              f"(to keep pictures elsewhere, make {folder} the link)")
-    # Pillow loads its readers now. One that it could not load later, for want of descriptors,
-    # would make good pictures unknown files.
+    # Pillow loads its readers now. Later it might lack the file descriptors to load one, and
+    # then good pictures would count as unknown files.
     Image.init()
     stop, lock = threading.Event(), threading.Lock()
     n_failed = 0  # in a row
@@ -249,7 +252,7 @@ def fetch_images(folder, workers=16):
                 stop.set()
         return name, outcome, reason
 
-    # Its threads are daemons: at Ctrl-C nobody waits for the slowest host.
+    # The threads of a ThreadPool are daemons: Ctrl-C does not wait for the slowest host.
     pool = ThreadPool(workers)
     try:
         bar = tqdm(pool.imap(fetch, todo), total=len(todo), desc="images", unit="image")
@@ -257,17 +260,17 @@ def fetch_images(folder, workers=16):
         gave_up = stop.is_set()
     finally:
         stop.set()
-        with lock:  # no picture is half written
+        with lock:  # so that no picture is left half written
             pool.terminate()
     report_images(results, UNREACHABLE if gave_up else None)
 
 
 def read_addresses(path):
-    """{image path: addresses} of image_urls.json; InputError where it is not as it was made."""
+    """{image path: addresses} of image_urls.json; InputError where it is damaged or changed."""
     try:
         usable = {}
         for name, urls in json.loads(path.read_bytes()).items():
-            # A name from elsewhere might lead out of the folder.
+            # A name that we did not make might lead out of the folder.
             is_name = re.fullmatch(r"images/\w*\.jpg", name, re.ASCII)
             if not is_name or not isinstance(urls, list):
                 raise ValueError
@@ -279,7 +282,7 @@ def read_addresses(path):
 
 
 def report_images(results, gave_up_after=None):
-    """One line with the number of each outcome of fetch_images, and the first that failed."""
+    """Prints how many pictures had each outcome of fetch_images, and the first that failed."""
     outcomes = [outcome for name, outcome, reason in results]
     line = (f"images: {outcomes.count('ok'):,} fetched, "
             f"{outcomes.count('refused'):,} refused or no picture, "
@@ -295,10 +298,10 @@ def report_images(results, gave_up_after=None):
 
 
 def fetch_image(urls, cap=20 << 20, tries=2):
-    """One picture, from the address nearest the front that gives one: (outcome, body, reason).
+    """One picture, from the first address that gives one: (outcome, body, reason).
 
-    "ok"; "refused": no address will ever give one; "unreachable": another run may get it.
-    cap: bytes of the largest file that is taken.
+    outcome: "ok"; "refused": no address will ever give one; "unreachable": another run may get
+    it. cap: the size in bytes of the largest file that is accepted.
     """
     outcome, why = "refused", "no usable address"
     for url in urls:
@@ -316,7 +319,7 @@ def fetch_image(urls, cap=20 << 20, tries=2):
 
 
 def try_image(opener, url, cap):
-    """One request for one picture. What only the network or this machine says is "unreachable"."""
+    """One request for one picture. A fault of the network or this machine is "unreachable"."""
     try:
         with request(opener, url) as answer:
             body = answer.read(cap + 1)
@@ -331,7 +334,7 @@ def try_image(opener, url, cap):
     except BadPicture as error:
         if is_page or is_text(body):
             return "unreachable", None, "an empty answer or a web page"
-        # Without a length nobody knows whether it is whole.
+        # Without a length it is unknown whether the file is whole.
         return "refused" if length else "unreachable", None, str(error)
     except urllib.error.HTTPError as error:
         return "refused" if is_refusal(error) else "unreachable", None, f"HTTP {error.code}"

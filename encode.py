@@ -1,8 +1,8 @@
 """Texts and pictures to vectors, with frozen encoders (Eq. 3, 9, 10), and their cache.
 
-`ClipEncoder` is what the paper uses (but for one layer: DECISIONS.md). `TinyEncoder` needs no
-weights and no network: it is for the demo, for tests and for a first look. `extract` runs one of
-them over a data set's contents.
+`ClipEncoder` is what the paper uses (except for one layer, see DECISIONS.md). `TinyEncoder`
+needs no weights and no network: it is for the demo, for tests and for a first look. `extract`
+runs one of the two over a data set's contents.
 """
 import contextlib
 import hashlib
@@ -30,12 +30,15 @@ FEATURES_VERSION = 3  # part of every cache's key: raise it when an encoder's ou
 # --- Encoders -----------------------------------------------------------------------------
 
 def unit_rows(x):
-    """Rows of length 1; a row of zeros stays one."""
+    """The rows of x, scaled to length 1; a row of zeros stays as it is."""
     return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
 
 
 class TinyEncoder:
-    """Hashed words and word pairs; thumbnails and colour histograms. The same on every machine."""
+    """Texts as hashed words and word pairs, pictures as thumbnails and colour histograms.
+
+    The vectors are the same on every machine.
+    """
     text_width, image_width, image_size = 512, 256, None
     prepared_bytes = 4 * image_width  # of a picture, as prepare leaves it
 
@@ -49,11 +52,11 @@ class TinyEncoder:
                 code = zlib.crc32(gram.encode())
                 # The sign is random, so that grams which share a place cancel on average.
                 row[code % self.text_width] += 1 if code >> 31 else -1
-        # A word that occurs four times counts twice.
+        # The square root lets a word that occurs four times count twice, not four times.
         return unit_rows(np.sign(rows) * np.sqrt(np.abs(rows)))
 
     def prepare(self, image):
-        """PIL image -> float32 [256]: what is left of a picture once it is decoded."""
+        """PIL image -> float32 [256]: all that is kept of a decoded picture."""
         row = np.empty(self.image_width, np.float32)
         small = image.resize((8, 8), Image.Resampling.BOX)
         thumbnail = np.asarray(small, np.float32) / 255 - 0.5               # [8, 8, 3]
@@ -78,17 +81,17 @@ class ClipEncoder:
     """
 
     def __init__(self, model, weights, device="cpu"):
-        import open_clip  # here, as it takes seconds and TinyEncoder does without
+        import open_clip  # here, as it takes seconds and TinyEncoder does not need it
         print(f"loading CLIP {model}, weights {weights} (downloaded once by open_clip)",
               flush=True)
         logging.disable(logging.ERROR)
         try:
             if not weights and ":" not in model:
-                # open_clip would draw them at random and say so only in its log.
+                # open_clip would draw random weights and say so only in its log.
                 raise ValueError("no weights named")
             self.model, self.preprocess = open_clip.create_model_from_pretrained(
                 model, weights, **file_preprocessing(open_clip, model, weights))
-            self.tokenizer = open_clip.get_tokenizer(model)  # for SigLIP a download of its own
+            self.tokenizer = open_clip.get_tokenizer(model)  # for SigLIP a separate download
         except Exception as error:  # what its hub client, torch.load and urllib raise
             reason = " ".join(str(error).split())[:90] or type(error).__name__
             raise InputError(
@@ -100,7 +103,7 @@ class ClipEncoder:
             logging.disable(logging.NOTSET)
         self.device, self.half = device, device == "cuda"
         self.model.eval().to(self.device)
-        # The towers' common width stands in no attribute that all models have.
+        # No attribute gives the towers' common width for every model, so one text is encoded.
         self.text_width = self.image_width = self.text([""]).shape[1]
         height, width = np.broadcast_to(self.model.visual.image_size, 2).tolist()
         self.image_size = 2 * max(height, width)
@@ -110,14 +113,14 @@ class ClipEncoder:
     def encode(self, tower, batch):
         """tower(batch) as float32 [n, d].
 
-        On a GPU its products are float16, several times as fast; the vectors' cosines to those
-        of float32 are above .9995.
+        On a GPU the matrix products are in float16, which is several times as fast. A vector's
+        cosine to the one from float32 is above .9995.
         """
         batch = batch.to(self.device)
         with torch.autocast(self.device, torch.float16, enabled=self.half):
             rows = tower(batch).float()
         if self.half and not rows.isfinite().all():
-            # Some models' numbers are too large for float16.
+            # Some models' numbers are too large for float16: encode again in float32.
             rows = tower(batch).float()
         return rows.cpu().numpy()
 
@@ -128,8 +131,8 @@ class ClipEncoder:
     def prepare(self, image):
         """PIL image -> float32 [3, height, width]: resized, cropped, normalised.
 
-        A strip that is much longer than wide is cut to its middle first: scaled up to the
-        model's size it would be gigabytes.
+        A picture that is a long, narrow strip is cut to its middle first. Scaled up to the
+        model's size, the whole strip would take gigabytes.
         """
         limit = 64 * min(image.size)
         left, top = [max(0, length - limit) // 2 for length in image.size]
@@ -146,10 +149,10 @@ PREPROCESSING = ("mean", "std", "interpolation", "resize_mode")
 
 
 def file_preprocessing(open_clip, model, weights):
-    """How pictures are prepared for weights from a file, as arguments; {}: open_clip knows.
+    """Keyword arguments: how to prepare pictures for weights from a file; {}: open_clip knows.
 
-    It is in an open_clip_config.json beside the file, or else a guess, which is printed: what all
-    of the model's published weights take, or CLIP's own.
+    They come from an open_clip_config.json beside the file. Without one they are a guess, which
+    is printed: what all of the model's published weights use, or else CLIP's own values.
     """
     name = model.replace("/", "-")
     is_tag = open_clip.pretrained.get_pretrained_cfg(name, weights)
@@ -183,8 +186,8 @@ def extract(dataset, what, contents, encoder, clip, data_dir, chunk=256, device=
     """Features of `contents` as a float16 memory map [n, d], from the cache or encoded now.
 
     what: "text", "review", or "image" for paths inside dataset.folder. encoder: "tiny", or
-    "clip" with clip = (model, weights). A text of spaces alone and an unreadable picture give NaN
-    rows. load: what is called for an encoder, where something is not in the cache.
+    "clip" with clip = (model, weights). A blank text and an unreadable picture get a NaN row.
+    load: the function that makes the encoder; called only where the cache has no such file.
     """
     path = cache_path(dataset, what, contents, encoder, clip, data_dir)
     if not path.exists():
@@ -199,7 +202,7 @@ def extract(dataset, what, contents, encoder, clip, data_dir, chunk=256, device=
 
 
 def cache_path(dataset, what, contents, encoder, clip, data_dir):
-    """The cache's file, named after all that its rows depend on."""
+    """The path of the cache's file: its name holds a hash of all that the rows depend on."""
     digest = hashlib.sha256(f"{FEATURES_VERSION} {encoder} {what}".encode())
     if encoder == "clip":
         for part in clip_key(*clip):
@@ -214,9 +217,9 @@ def cache_path(dataset, what, contents, encoder, clip, data_dir):
 
 
 def clip_key(model, weights):
-    """The names of a CLIP model and its weights, and the contents of those that are files.
+    """[str]: the names of a CLIP model and its weights; for those that are files, hashes.
 
-    They say how pictures are prepared too: a configuration is one of the files.
+    One of the files is the configuration, which says how pictures are prepared.
     """
     if model.startswith("local-dir:"):
         folder = Path(model.removeprefix("local-dir:"))
@@ -229,7 +232,7 @@ def clip_key(model, weights):
 
 
 def picture_hashes(folder, names):
-    """[str]: what each picture's file holds, '' where there is none."""
+    """[str]: the hash of each picture's file, '' where there is none."""
     def hash_of(name):
         return file_hash(folder / name) if name else ""
 
@@ -253,14 +256,14 @@ def file_hash(path):
 def fill_cache(path, model, folder, what, contents, encoder, chunk):
     """Encodes the contents into the .npy file `path`, `chunk` at a time.
 
-    Until it is whole it is a .part file to which rows are appended, so that a run that was
-    interrupted goes on after the last whole row.
+    Rows are appended to a .part file, which is renamed once it is whole. So after an
+    interruption the next run goes on after the last whole row.
     """
     width = model.image_width if what == "image" else model.text_width
     if what == "image":
-        # What is held of a chunk's pictures stays below 256 MB.
+        # The prepared pictures of one chunk stay below 256 MB.
         chunk = max(1, min(chunk, (1 << 28) // model.prepared_bytes))
-        Image.init()  # all of Pillow's readers, before files are opened in many threads
+        Image.init()  # loads all of Pillow's readers before many threads open files
     header = npy_header((len(contents), width))
     row_bytes = 2 * width
     part = path.with_suffix(".part")
@@ -280,7 +283,7 @@ def fill_cache(path, model, folder, what, contents, encoder, chunk):
             file.write(rows.astype("<f2").tobytes())
             file.flush()
             bar.update(len(batch))
-    # Another run that encodes the same may have renamed it already.
+    # Another run that encodes the same contents may have renamed the file already.
     with contextlib.suppress(FileNotFoundError):
         os.replace(part, path)
 

@@ -4,9 +4,9 @@
     <name>.inter         of MMRec, userID itemID x_label, or RecBole, user_id:token item_id:token
     train.txt, test.txt  of LightGCN, a user and its items on each line; also valid.txt
 
-`read_folder` reads whichever it finds and returns a `Dataset`. What is wrong in a file is an
-InputError with the file, the row and the remedy: "row 5" is a file's fifth line, "data row 5" the
-fifth after the header.
+`read_folder` reads whichever it finds and returns a `Dataset`. A fault in a file raises
+InputError, which names the file, the row and the remedy: "row 5" is a file's fifth line, and
+"data row 5" is the fifth row after the header.
 """
 import contextlib
 import csv
@@ -36,7 +36,7 @@ MAX_ID_BYTES = 1 << 31    # of such an array
 class Dataset:
     """Unique interactions with their ids, and where each modality's content is.
 
-    Of a content '' means that there is none, and None that the data has no such column.
+    texts, images, reviews: '' where there is none; None where the data has no such column.
     """
     name: str
     folder: Path
@@ -65,8 +65,8 @@ class Dataset:
 def read_folder(folder, contents=True, min_rating=None):
     """The Dataset in a folder, of any of the formats above.
 
-    contents=False: texts, image paths and reviews are not kept. min_rating: interactions that
-    are rated lower are left out.
+    contents=False: texts, image paths and reviews are not kept. min_rating: interactions with a
+    lower rating are left out.
     """
     if (folder / "interactions.csv").exists():
         return read_interactions(folder, contents, min_rating)
@@ -105,7 +105,7 @@ def describe(path):
 
 
 def print_not_read(folder, read):
-    """One line that names the tables in a folder which are not read: a name may be misspelt."""
+    """Prints the names of a folder's tables that are not read: one may be misspelt."""
     names = []
     for path in sorted(folder.iterdir()):
         if path.suffix in (".csv", ".npy", ".inter") and path.name not in read:
@@ -116,7 +116,7 @@ def print_not_read(folder, read):
 
 
 def is_row_of_numbers(cells):
-    """Whether what should be a header holds values instead."""
+    """Whether the cells of what should be a header are all numbers."""
     is_number = [re.fullmatch(r"-?\d+(\.\d+)?", cell.strip()) is not None for cell in cells]
     return len(cells) > 1 and all(is_number)
 
@@ -144,7 +144,7 @@ def read_interactions(folder, contents, min_rating):
         add_ready(ready, "T", folder / "item_text.npy", len(item_ids))
         add_ready(ready, "V", folder / "item_image.npy", len(item_ids))
     else:
-        # Without the catalogue nobody knows which row is which item's.
+        # Without items.csv nothing says which item a row belongs to.
         for name in ("item_text.npy", "item_image.npy"):
             if (folder / name).exists():
                 raise InputError(f"{folder / name}: its rows are those of items.csv, "
@@ -181,7 +181,7 @@ def read_labels(path, columns):
 
 
 def keep_rated(dataset, path, ratings, min_rating):
-    """The interactions that are rated min_rating or more; None: all, whatever their rating.
+    """The data set with only the interactions rated min_rating or more; None keeps all.
 
     ratings: str [n], or None where the data has no such column.
     """
@@ -273,7 +273,7 @@ def read_lightgcn(folder, min_rating=None):
 
 
 def whole_numbers(texts, where):
-    """The texts as a list of numbers; where(n): how the message about the n-th begins."""
+    """The texts as a list of numbers; where(n): the start of a message about the n-th."""
     for n, text in enumerate(texts):
         if not re.fullmatch("[0-9]{1,7}", text):
             raise InputError(f"{where(n)} '{text[:40]}' is not a whole number from 0 to 9,999,999")
@@ -281,11 +281,11 @@ def whole_numbers(texts, where):
 
 
 def numbered_dataset(path, name, users, items, labels):
-    """A Dataset of numbers, users, items and labels int64 [n], with the folder's feature files."""
+    """A Dataset from numbers (users, items, labels: int64 [n]) and the folder's feature files."""
     print_not_read(path.parent, (path.name, "text_feat.npy", "image_feat.npy"))
     user_ids, users = np.unique(users, return_inverse=True)
-    # Every number up to the largest is an item, also those that nobody has: it is the row of
-    # the feature files.
+    # An item's number is its row in the feature files. So every number up to the largest is an
+    # item, also one that has no interactions.
     n_items = int(items.max()) + 1
     if n_items > 10 * len(items) + 1000:
         raise InputError(f"{path}: item {n_items - 1:,} for {len(items):,} interactions; items "
@@ -303,21 +303,21 @@ def numbered_dataset(path, name, users, items, labels):
 def read_csv(path, required, optional=(), delimiter=",", skip=()):
     """Columns of a UTF-8 CSV file with a header: {name: [str]}; those in `skip` are not kept.
 
-    InputError: no such file, not UTF-8, empty, a column is missing, a row with too few or too
-    many fields, a required field that can be no id. Columns that are neither required nor
-    optional are named in a printed line.
+    InputError: there is no such file, or it is empty or not UTF-8; a column is missing; a row
+    has too few or too many fields; a required field cannot be an id. A printed line names the
+    columns that are neither required nor optional.
     """
     path = Path(path)
     with open_csv(path, delimiter) as reader:
         header = [name.strip() for name in next(reader, [])]
         check_header(path, header, required, delimiter)
-        # A misspelt optional column would be lost in silence, so what is not read is named.
+        # A misspelt optional column would be lost in silence, so unread columns are named.
         read = [name for name in header if name in required or name in optional]
         unread = [name or "one without a name" for name in header if name not in read]
         if unread:
             print(f"{path.parent.name}: {path.name} has {', '.join(read)} "
                   f"(not read: {', '.join(unread)})")
-        # For each column that is kept: where its values go, and their place in a row.
+        # For each column that is kept: its list's append method, and its position in a row.
         columns, take = {}, []
         for name in read:
             if name not in skip:
@@ -340,9 +340,9 @@ def read_csv(path, required, optional=(), delimiter=",", skip=()):
 
 
 def check_ids(path, name, values):
-    """InputError that names the data row of an id that is empty, absurdly long or has a NUL.
+    """InputError that names the data row where an id is empty, absurdly long or has a NUL.
 
-    Ids with a space at an end are told: they may be other ids by mistake.
+    Prints how many ids begin or end with a space: they count as other ids than those without.
     """
     for row, value in enumerate(values, 1):
         if not value:
@@ -350,7 +350,7 @@ def check_ids(path, name, values):
         if len(value) > MAX_ID_LENGTH:
             raise InputError(f"{path}: data row {row}: {name} is {len(value):,} characters long; "
                              "are the columns swapped?")
-        # NumPy drops a NUL at the end of a text, and two ids would become one.
+        # NumPy drops a NUL at the end of a text, so two ids could become one.
         if "\0" in value:
             raise InputError(f"{path}: data row {row}: {name} {value[:40]!r} has a NUL character; "
                              "remove it")
@@ -396,9 +396,9 @@ def csv_reader(file, delimiter):
 
 
 def bad_row(path, delimiter, n_fields=None):
-    """The line where the row starts that cannot be read, or has not n_fields fields.
+    """The line where the first row starts that cannot be read or does not have n_fields fields.
 
-    A quote that is not closed is noticed at the end of the file only: the row's start helps more.
+    An unclosed quote is noticed only at the end of the file, so the row's start helps more.
     """
     line = 1
     with (open(path, encoding="utf-8-sig", newline="") as file,
@@ -436,7 +436,7 @@ def check_header(path, header, required, delimiter):
 
 
 def bad_line(path):
-    """The number of the line nearest the top that is not UTF-8."""
+    """The number of the first line that is not UTF-8."""
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             try:
@@ -448,7 +448,7 @@ def bad_line(path):
 # --- Ids, paths and feature files ---------------------------------------------------------
 
 def index_of(names, path, what):
-    """(ids in the order in which they appear, int64 index of each name)."""
+    """(ids in the order of their first appearance, int64 index of each name)."""
     table = {}
     index = (table.setdefault(name, len(table)) for name in names)
     index = np.fromiter(index, np.int64, len(names))
@@ -485,7 +485,7 @@ def id_array(ids, path, what):
 
 
 def check_image_paths(images, path):
-    """InputError where a path of an image leads out of the data set's folder, or can be none."""
+    """InputError where an image's path leads out of the data set's folder or cannot exist."""
     for row, name in enumerate(images, 1):
         if not name:
             continue
@@ -498,7 +498,7 @@ def check_image_paths(images, path):
 
 
 def add_ready(ready, modality, path, n_rows, surplus=False):
-    """Notes a ready feature file, checked, where there is one; a link to nowhere is told."""
+    """Checks a ready feature file, if there is one, and notes it; a broken link is an error."""
     if os.path.lexists(path):
         check_features(path, n_rows, surplus)
         ready[modality] = (path, np.arange(n_rows, dtype=np.int64))
@@ -507,7 +507,7 @@ def add_ready(ready, modality, path, n_rows, surplus=False):
 def check_features(path, n_rows, surplus=False):
     """InputError that names what is wrong with a feature file's shape, dtype or values.
 
-    surplus: rows after the n_rows that are needed are ignored.
+    surplus: whether the file may have more than n_rows rows; the rest is ignored.
     """
     array = run.open_npy(path, "save it again with numpy.save")
     is_float = array.dtype in (np.float16, np.float32, np.float64)
@@ -524,12 +524,12 @@ def check_features(path, n_rows, surplus=False):
 
 
 def check_values(path, block, start):
-    """InputError that names the row: infinite, NaN in part, or too large or small to be scaled."""
+    """InputError that names a row: infinite, NaN in part, or too long or short to be scaled."""
     is_nan = np.isnan(block)
     partly_nan = is_nan.any(1) & ~is_nan.all(1)
     with np.errstate(over="ignore"):
         norm = np.sqrt(np.einsum("ij,ij->i", block, block, dtype=np.float64))
-    # Training scales rows to length 1 in float32: beyond these a square overflows or vanishes.
+    # Training scales rows to length 1 in float32: beyond these a square overflows or is 0.
     no_length = (norm > 1e15) | ((norm < 1e-9) & block.any(1))
     for bad, what in (
             (np.isinf(block).any(1), "has infinities; a row is finite, or NaN throughout where "
@@ -546,11 +546,11 @@ def check_values(path, block, start):
 # --- Parts of a data set ------------------------------------------------------------------
 
 def merge_duplicates(dataset):
-    """Each (user, item) pair once: its first row stays, with review and label."""
+    """The data set with each (user, item) pair once: its first row, with review and label."""
     # In 64 bits: users times items are more than 2^31 on the paper's larger sets.
     keys = dataset.users * np.int64(dataset.n_items) + dataset.items
     _, rows = np.unique(keys, return_index=True)
-    # np.unique gives the rows in the order of the keys; the file's order stays.
+    # np.unique gives the rows in the order of the keys; this restores the file's order.
     rows.sort()
     n_merged = len(keys) - len(rows)
     if not n_merged:
@@ -562,7 +562,7 @@ def merge_duplicates(dataset):
 def keep(dataset, rows, drop_empty=False):
     """The data set with these interactions only.
 
-    drop_empty: also without the users and items that are left with none.
+    drop_empty: users and items that have no interaction left are dropped too.
     """
     users, items = dataset.users[rows], dataset.items[rows]
     kept_users = np.arange(dataset.n_users, dtype=np.int64)

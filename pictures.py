@@ -1,8 +1,8 @@
-"""One picture from a file, safely: damaged, huge, 16-bit, transparent or turned.
+"""Reads one picture from a file safely: it may be damaged, huge, 16-bit, transparent or turned.
 
-What is wrong with a picture is told apart from what is wrong with the machine: the file is read
-whole, where every error is the machine's, and decoded from memory, where every error but a lack
-of memory is the file's. Only the file's word may be remembered.
+Faults of the file are told apart from faults of the machine. First the whole file is read: an
+error there is the machine's. Then it is decoded from memory: an error there is the file's,
+unless memory is short. Only a fault of the file may be remembered.
 """
 import contextlib
 import io
@@ -20,7 +20,7 @@ MAX_PIXELS = 1 << 26  # 67 megapixels; a larger picture is left out
 MAX_FILE_BYTES = 1 << 28
 PIXELS_AT_A_TIME = 1 << 25  # decoded by all threads together; a pixel takes some 10 bytes
 
-CUT_OFF = "truncated|broken data|not enough|overrun"  # what Pillow's readers call it
+CUT_OFF = "truncated|broken data|not enough|overrun"  # in the messages of Pillow's readers
 
 
 class BadPicture(Exception):
@@ -28,15 +28,16 @@ class BadPicture(Exception):
 
 
 def read_picture(file, size=None, reduce=None):
-    """The picture as RGB, or reduce(picture), which is made before too many others are decoded.
+    """The picture as RGB; with `reduce`, reduce(picture) instead.
 
-    file: a path, or a binary file. size: the caller will shrink it to about so many pixels, so
-    it may be decoded smaller. BadPicture: there is no such file, or its bytes are no picture, cut
-    off, damaged or too large. OSError, MemoryError: the machine's, another time it may be read.
-    InputError: a folder, pipe or device.
+    file: a path, or a binary file. size: the caller needs only about this many pixels a side,
+    so the picture may be decoded smaller. reduce is called while the picture's pixels still
+    count towards PIXELS_AT_A_TIME. BadPicture: there is no such file, or its bytes are no
+    picture, cut off, damaged or too large. OSError, MemoryError: the machine's fault; the file
+    may be readable another time. InputError: `file` is a folder, pipe or device.
     """
     content = read_bytes(file)
-    # check_size says in one line what is too large.
+    # Pillow's warning is not needed: check_size says in one line what is too large.
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
     with blame_bytes():
         image = Image.open(io.BytesIO(content))
@@ -45,7 +46,7 @@ def read_picture(file, size=None, reduce=None):
         if size:
             # JPEG only: decodes at a fraction of the size, but never below `size`.
             image.draft("RGB", (size, size))
-            if not image.info.get("progressive"):  # of which all coefficients are held
+            if not image.info.get("progressive"):  # these keep all coefficients in memory
                 n_pixels = image.width * image.height
     with decoding.pixels(n_pixels):
         with blame_bytes():
@@ -77,9 +78,9 @@ def read_bytes(file):
 
 @contextlib.contextmanager
 def blame_bytes():
-    """What Pillow raises while it decodes bytes in memory becomes BadPicture.
+    """Turns what Pillow raises while it decodes bytes in memory into BadPicture.
 
-    On damaged bytes it raises nearly every kind of exception there is.
+    On damaged bytes Pillow raises nearly every kind of exception there is.
     """
     try:
         yield
@@ -90,7 +91,7 @@ def blame_bytes():
             raise
         message = " ".join(str(error).split())
         if isinstance(error, MemoryError) or "memory" in message.lower():
-            # A damaged header may ask for any amount. Where there is plenty, that is what it was.
+            # A damaged header may ask for any amount. If memory is plenty, the header was wrong.
             if not memory_is_plenty():
                 raise MemoryError from None
             message = "asks for absurd amounts of memory"
@@ -102,7 +103,7 @@ def blame_bytes():
 
 
 def memory_is_plenty(n_bytes=2 << 30):
-    """Whether twice of what the largest picture takes could be had."""
+    """Whether twice the memory that the largest picture takes is available."""
     try:
         mmap.mmap(-1, n_bytes).close()
     except (OSError, ValueError, MemoryError):
@@ -119,9 +120,9 @@ def check_size(image):
 
 
 class PixelLimit:
-    """Lets threads decode pictures side by side, but only so many pixels at a time.
+    """Lets threads decode pictures side by side, but only `limit` pixels at a time.
 
-    A picture that has more than the limit is decoded alone.
+    A picture that has more pixels than the limit is decoded alone.
     """
 
     def __init__(self, limit):
@@ -148,7 +149,7 @@ decoding = PixelLimit(PIXELS_AT_A_TIME)
 
 
 def to_rgb(image):
-    """RGB of 8 bits: more bits are scaled down, transparency is composed on white."""
+    """The picture as 8-bit RGB: more bits are scaled down, transparency is put on white."""
     if image.mode.startswith(("I", "F")):
         return grey_to_8_bits(image).convert("RGB")
     key = image.info.get("transparency")  # a colour that stands for "transparent"
@@ -160,7 +161,7 @@ def to_rgb(image):
 
 
 def on_white(image):
-    """RGB of a picture with transparency. In strips, as it takes four pictures for one."""
+    """A transparent picture as RGB on white. In strips, as the steps need four copies."""
     opaque = Image.new("RGB", image.size)
     n_rows = max(1, (1 << 20) // image.width)
     for top in range(0, image.height, n_rows):
@@ -172,10 +173,10 @@ def on_white(image):
 
 
 def grey_to_8_bits(image):
-    """A grey picture of integers (I, I;16) or floats (F) in mode L, so that white is 255.
+    """A grey picture of integers (I, I;16) or floats (F), converted to mode L: white is 255.
 
-    What white is stands in no file: 65535, of floats 1 or 255, and where a value is larger than
-    these the largest value.
+    No file says which value is white. It is taken to be 65535, or for floats the first of 1,
+    255 and 65535 that no value exceeds. Where a value exceeds 65535, the largest is white.
     """
     pixels = np.nan_to_num(np.asarray(image).astype(np.float32), copy=False)
     largest = float(pixels.max())
@@ -189,7 +190,7 @@ def grey_to_8_bits(image):
     return Image.fromarray(pixels.clip(0, 255, out=pixels).round(out=pixels).astype(np.uint8))
 
 
-TURNS = {  # EXIF's orientation: how the picture is turned upright
+TURNS = {  # {EXIF's orientation: what turns the picture upright}
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
     6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,

@@ -1,6 +1,6 @@
 """What every command shares: errors, whole files, argument types, processes, checkpoints.
 
-Nothing of the method is here. The scripts end with `sys.exit(run.cli(main))`.
+The paper's method is not in here. The scripts end with `sys.exit(run.cli(main))`.
 """
 import argparse
 import contextlib
@@ -23,8 +23,8 @@ import time
 from datetime import timedelta
 from pathlib import Path
 
-# The scripts import this module before the libraries below, which take seconds, so that Ctrl-C
-# is one line from the start. Nothing is changed for another program that imports us.
+# The scripts import this module before the libraries below, which take seconds to load, so that
+# Ctrl-C prints one line from the start. Another program that imports us keeps its own hook.
 HERE = Path(__file__).resolve().parent
 main_file = getattr(sys.modules["__main__"], "__file__", None)
 if main_file and Path(main_file).resolve().parent in (HERE, HERE / "paper"):
@@ -44,11 +44,11 @@ from tqdm import tqdm
 # --- Errors -------------------------------------------------------------------------------
 
 class InputError(Exception):
-    """What the user can mend: one line that names the file, the row and the remedy."""
+    """An error that the user can mend: its one line names the file, the row and the remedy."""
 
 
 def is_machines(error):
-    """Whether an error while reading is the machine's, not the file's."""
+    """Whether an error during reading is the fault of the machine, not of the file."""
     return isinstance(error, MemoryError) or getattr(error, "errno", None) is not None
 
 
@@ -57,7 +57,7 @@ def disk_is_full(error):
 
 
 def explain(error):
-    """The one line for an error that the user can mend; None for one that is ours."""
+    """The line to print for an error that the user can mend; None for a bug of ours."""
     if isinstance(error, InputError):
         return str(error)
     if isinstance(error, KeyboardInterrupt):
@@ -78,10 +78,10 @@ def print_error(message):
 
 
 def keep_freed_memory():
-    """Tells glibc to keep what is freed, where there is glibc.
+    """Tells glibc, where there is one, to keep freed memory.
 
-    By default tables of this size go back to the system at every step, and the system clears
-    every page again at their next use.
+    By default glibc gives tables of this size back to the system at every step, and the system
+    clears every page again for the next table.
     """
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
@@ -90,13 +90,13 @@ def keep_freed_memory():
 
 
 def return_freed_memory():
-    """Tells glibc to return now what is freed: each thread would keep its own."""
+    """Tells glibc to return freed memory now; otherwise each thread would keep its own."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def open_outputs():
-    """Gives print somewhere to go: stdout may be closed, or unable to write a λ."""
+    """Makes print safe where stdout or stderr is closed, or cannot write a λ."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
@@ -106,7 +106,7 @@ def open_outputs():
 
 
 def cli(main, argv=None):
-    """Runs a script's main(argv) and returns the exit code: 2, with one line, for InputError."""
+    """Runs a script's main(argv); returns the exit code: 2, with a line, if explain has one."""
     keep_freed_memory()
     open_outputs()
     try:
@@ -114,7 +114,8 @@ def cli(main, argv=None):
         sys.stdout.flush()
         return 0
     except BrokenPipeError:
-        # Whoever read the output, `| head`, has gone. Python must not flush into it at exit.
+        # The program that reads the output, such as `head`, has ended. At exit Python must not
+        # flush stdout into the broken pipe.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (Exception, KeyboardInterrupt) as error:
@@ -128,9 +129,9 @@ def cli(main, argv=None):
 # --- Files that can be read ---------------------------------------------------------------
 
 def check_is_file(path):
-    """InputError, at once, where a pipe, a device or a folder is there instead of a file.
+    """InputError where the path is a pipe, a device or a folder instead of a file.
 
-    Reading one could wait for ever. A file that is not there is left to whoever opens it.
+    Reading a pipe or a device could wait for ever. A missing file passes: opening it will fail.
     """
     kind = kind_of_file(path)
     if kind not in ("a file", "no such file"):
@@ -138,7 +139,7 @@ def check_is_file(path):
 
 
 def kind_of_file(path):
-    """What is at this path, through links, for a message."""
+    """What is at this path, in words for a message; links are followed."""
     try:
         mode = os.stat(path).st_mode
     except (FileNotFoundError, NotADirectoryError):
@@ -151,11 +152,11 @@ def kind_of_file(path):
 
 
 def open_npy(path, remedy):
-    """A .npy file as a memory map; InputError with the remedy where it is none."""
+    """A .npy file as a memory map; InputError with `remedy` where the file is not one."""
     check_is_file(path)
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except Exception as error:  # numpy, ast, zipfile and mmap each raise their own
+    except Exception as error:  # numpy, ast, zipfile and mmap raise errors of many kinds
         if is_machines(error):
             raise
         reason = " ".join(str(error).split())[:90]
@@ -197,13 +198,13 @@ def write_csv(path, header, rows):
         writer.writerows(rows)
 
 
-UNFINISHED = "unfinished"  # what source.json holds while a folder is made
+UNFINISHED = "unfinished"  # what source.json holds while its folder is being made
 
 
 def saved_key(folder, key, files=()):
-    """What source.json of a folder made by make_folder holds; None where it must be made (anew).
+    """The key that make_folder saved in `folder`; None where the folder must be made (anew).
 
-    InputError where files are in the folder, but not such a key: they are the user's own.
+    InputError where the folder has files but no such key: the files are the user's own.
     """
     key_path, saved = folder / "source.json", None
     if key_path.is_file():
@@ -225,8 +226,8 @@ def saved_key(folder, key, files=()):
 def make_folder(folder, key, write, files=()):
     """`folder`, made by write(temporary folder) unless it is there already with this key.
 
-    source.json holds the key, a dictionary, and is written last: with it the folder is whole.
-    files: without one of these it is made anew. InputError: see saved_key.
+    key: a dictionary. It is written to source.json last, so a folder that has it is whole.
+    files: if one of these is missing, the folder is made anew. InputError: see saved_key.
     """
     if saved_key(folder, key, files) == key:
         return folder
@@ -237,10 +238,10 @@ def make_folder(folder, key, write, files=()):
         temporary.mkdir()
         write(temporary)
         folder.mkdir(exist_ok=True)
-        # From here on the folder is known as ours, and as one to be made anew.
+        # Until the key is written, this marks the folder as ours and as one to be made anew.
         key_path = folder / "source.json"
         write_file(key_path, lambda file: json.dump(UNFINISHED, file), "w")
-        # Files are moved into what is there, so that pictures fetched earlier stay.
+        # The files are moved into the existing folder, so that pictures fetched earlier stay.
         for path in sorted(temporary.rglob("*")):
             target = folder / path.relative_to(temporary)
             if path.is_dir():
@@ -254,8 +255,9 @@ def make_folder(folder, key, write, files=()):
 def check_outputs(outputs, inputs=(), folder=None):
     """InputError, before the work begins, where an output could not be written at its end.
 
-    outputs: a path is None where that output was not asked for. inputs, and the data files in
-    `folder`, are read: they must not be written over, through a link either, nor get company.
+    outputs: paths; None for an output that was not asked for. inputs: files that are read, as
+    are the data files in `folder`. No output may overwrite one of these, not even through a
+    link, or be a new file in `folder` that would be read as data.
     """
     outputs = [path for path in outputs if path is not None]
     real = [os.path.realpath(path) for path in outputs]
@@ -279,13 +281,13 @@ def check_outputs(outputs, inputs=(), folder=None):
 
 
 def file_identity(path):
-    """Equal for two paths of one file, through links."""
+    """A value that two paths share if they lead, also through links, to the same file."""
     status = os.stat(path)
     return status.st_dev, status.st_ino
 
 
 def check_can_be_written(path, remedy):
-    """InputError where no file can be renamed to this path; its folder is made."""
+    """InputError where no file can be renamed to this path. Makes the path's folder."""
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -301,20 +303,21 @@ def check_can_be_written(path, remedy):
         raise InputError(f"{path}: lies in a folder that cannot be written; {remedy}") from None
 
 
-# A file in a data set's folder that ends so may be an output of ours, but for these names.
+# In a data set's folder, a file with one of these endings may be an output of ours, unless it
+# has one of the names below.
 OUTPUTS = (".npz", ".json", ".csv", ".ckpt")
 DATA_FILES = ("interactions.csv", "items.csv", "source.json", "image_urls.json")
 
 
 def would_be_read(path, folder):
-    """Whether a new file of this name would be one of the data set's in `folder`."""
+    """Whether a new file at this path would be read as data of the set in `folder`."""
     is_in_folder = Path(os.path.realpath(path)).parent == Path(os.path.realpath(folder))
     name = Path(path).name
     return is_in_folder and (name in DATA_FILES or name.endswith((".npy", ".inter")))
 
 
 def files_read(folder):
-    """Yields the files that a data set may be read from; Amazon's raw files lie beside it."""
+    """Yields the files a data set may be read from; Amazon's raw files lie beside `folder`."""
     yield from folder.parent.glob("*.json.gz")
     for path in folder.rglob("*"):
         if path.name in DATA_FILES or path.suffix.lower() not in OUTPUTS:
@@ -324,16 +327,16 @@ def files_read(folder):
 def remove_leftovers(path, age=3600):
     """Removes the temporary files and folders that killed runs have left for this path.
 
-    Of a folder that is there, those in it.
+    Where the path is a folder, those inside it too. Ones younger than `age` seconds stay.
     """
     path = Path(os.path.realpath(path))
     leftovers = list(path.parent.glob(f".{glob.escape(path.name)}.*.tmp"))
     if path.is_dir():
         leftovers += path.glob(".*.tmp")
     for temporary in leftovers:
-        # Another process may sweep, too.
+        # Another process may be removing the same ones.
         with contextlib.suppress(FileNotFoundError):
-            # One that another run is writing at this moment is younger.
+            # A younger one may belong to a run that is writing it at this moment.
             if time.time() - temporary.stat().st_mtime < age:
                 continue
             if temporary.is_dir():
@@ -345,13 +348,13 @@ def remove_leftovers(path, age=3600):
 # --- Arguments ----------------------------------------------------------------------------
 
 def parser(description, prog=None):
-    """An ArgumentParser that takes no shortened flags: --k would be --keep."""
+    """An ArgumentParser that takes no shortened flags: otherwise --k would mean --keep."""
     return argparse.ArgumentParser(prog=prog, description=description, formatter_class=Help,
                                    allow_abbrev=False)
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """--help with each flag's default, unless its text names it already or there is none."""
+    """Shows each flag's default in --help, unless its text names it or there is none."""
 
     def _get_help_string(self, action):
         if action.default is None or "default" in (action.help or ""):
@@ -402,9 +405,9 @@ def add_checkpoint_arguments(parser):
 
 # --- Several processes, under torchrun ----------------------------------------------------
 #
-# All processes draw the same random numbers, on GPUs too if these are of one kind, and hold all
-# tables. Each takes every k-th row of a step's work, gradients and losses are summed, and the
-# first one reports and writes.
+# Each of the k processes holds all tables and draws the same random numbers (on GPUs too, if
+# they are of one kind). Each takes every k-th row of a step's work. Gradients and losses are
+# summed over the processes, and only the first process reports and writes.
 
 @contextlib.contextmanager
 def processes(device):
@@ -434,14 +437,14 @@ def is_main_process():
 
 
 def wait_for_all():
-    """Returns when every process is here: where one left early, torchrun would end the others."""
+    """Waits for all processes: if one ended with an error, torchrun would end the others."""
     if dist.is_initialized():
         dist.barrier()
 
 
 @contextlib.contextmanager
 def main_process_first():
-    """What the first process downloads, extracts and caches is there for the others."""
+    """Runs the block in one process first: the others then find its downloads and caches."""
     if not is_main_process():
         wait_for_all()
     yield
@@ -479,9 +482,9 @@ def sum_gradients(model):
 # --- Checkpoints --------------------------------------------------------------------------
 
 def run_id(options, parts, arrays):
-    """Twelve hex digits of all that a run depends on: options, split, the arrays it starts from.
+    """Twelve hex digits, a hash of a run's options, its split and the arrays it starts from.
 
-    Part of a checkpoint's name, so that no run finds, overwrites or deletes another's.
+    It is part of a checkpoint's name, so that no run finds, overwrites or deletes another's.
     """
     sha = hashlib.sha256(json.dumps(options, sort_keys=True, default=str).encode())
     for matrix in (parts.train, parts.valid, parts.test):
@@ -493,7 +496,7 @@ def run_id(options, parts, arrays):
 
 
 class Checkpoint:
-    """The state of a training run after its last whole epoch; --resume goes on bit for bit.
+    """The state of a training run after its last whole epoch; --resume continues bit for bit.
 
         with Checkpoint(path, resume) as checkpoint:
             progress = checkpoint.restore(model, optimizer) or {"epoch": 0, "best": None, ...}
@@ -502,10 +505,10 @@ class Checkpoint:
                     ...
                     checkpoint.update(model, optimizer, progress)
 
-    The state is written when `every` seconds have passed, and at Ctrl-C or SIGTERM, which end
-    the loop with KeyboardInterrupt: the epoch under way is repeated. Of several processes all
-    finish their epoch first. results: what the run has finished, kept along. Without a path
-    nothing is written and no signal is caught.
+    The state is written once `every` seconds have passed, and at Ctrl-C or SIGTERM. Both end
+    the loop with KeyboardInterrupt, and --resume repeats the epoch that was under way. Several
+    processes all finish that epoch first. results: those of the runs that are finished, saved
+    too. Without a path nothing is written; outside of `with` no signal is caught.
     """
 
     def __init__(self, path=None, resume=False, every=180):
@@ -529,7 +532,7 @@ class Checkpoint:
 
     @contextlib.contextmanager
     def readable(self):
-        """One line for a damaged file: zipfile, pickle and torch each raise their own."""
+        """Turns what zipfile, pickle and torch raise for a damaged file into InputError."""
         try:
             yield
         except Exception as error:
@@ -544,10 +547,10 @@ class Checkpoint:
         return self
 
     def __exit__(self, kind, *_):
-        # A second Ctrl-C does not cut off what the first one has written.
+        # A second Ctrl-C must not cut off the writing that the first one causes.
         for number in self.handlers:
             signal.signal(number, signal.SIG_IGN)
-        # What happened outside the training loop, for example at the last evaluation.
+        # After an error, or Ctrl-C outside the training loop, as in the last evaluation.
         if kind is not None and not issubclass(kind, InputError):
             self.write()
         for number, handler in self.handlers.items():
@@ -556,17 +559,17 @@ class Checkpoint:
             raise InputError(f"interrupted; {self.remedy()}") from None
 
     def on_signal(self, number, frame):
-        # A process that left its epoch would leave the others waiting for its gradients, and
-        # torch.save takes what is raised in it for an error of its own.
+        # If one process left its epoch, the others would wait for its gradients. And torch.save
+        # takes an exception that is raised inside it for an error of its own.
         if dist.is_initialized() or self.is_writing:
             self.stop_asked = True
         else:
             raise KeyboardInterrupt
 
     def restore(self, model, optimizer):
-        """The interrupted run's progress, its model, optimiser and random state put back.
+        """Puts back model, optimiser and random state; returns the interrupted run's progress.
 
-        None where there is nothing to go on from.
+        Returns None where there is nothing to go on from.
         """
         if self.training is None:
             return None
@@ -582,10 +585,10 @@ class Checkpoint:
 
     @contextlib.contextmanager
     def loop(self, progress, last_epoch, title, first_epoch=1):
-        """Around a training loop: yields a bar over the epochs that progress has still to come.
+        """Wraps a training loop: yields a progress bar over the epochs that are still to come.
 
-        Ctrl-C ends the loop and keeps its checkpoint; progress["interrupted"] says whether it did.
-        InputError where progress["best"] is None then: there is nothing to hand over.
+        Ctrl-C ends the loop and writes the checkpoint; progress["interrupted"] says whether it
+        did. InputError if progress["best"] is still None then: there is nothing to hand over.
         """
         progress["interrupted"] = False
         bar = tqdm(range(progress["epoch"] + 1, last_epoch + 1), desc=title, unit="epoch",
@@ -602,7 +605,7 @@ class Checkpoint:
         bar.close()
 
     def update(self, model, optimizer, progress):
-        """At the end of an epoch. Raises KeyboardInterrupt where another process was asked to."""
+        """Keeps an epoch's state. KeyboardInterrupt if any of several processes must stop."""
         if self.path is None:
             return
         device = next(model.parameters()).device
@@ -610,7 +613,7 @@ class Checkpoint:
         state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
                  "random": torch.get_rng_state(), "random_cuda": random_cuda,
                  "progress": progress}
-        self.training = copy.deepcopy(state)  # training goes on in these tensors
+        self.training = copy.deepcopy(state)  # training goes on to change these tensors
         if time.time() - self.last_written >= self.every:
             self.write()
         if dist.is_initialized() and all_sum(torch.tensor(self.stop_asked * 1.0, device=device)):
@@ -623,7 +626,7 @@ class Checkpoint:
         self.write()
 
     def write(self):
-        """Where nothing is finished yet, what an earlier run has left stays as it is."""
+        """Writes the file. While nothing is finished, what an earlier run left there stays."""
         self.last_written = time.time()
         nothing_yet = self.training is None and not self.results
         if self.path is None or nothing_yet or not is_main_process():
@@ -632,7 +635,7 @@ class Checkpoint:
         self.is_writing = True
         try:
             write_file(self.path, lambda file: torch.save(state, file))
-        # RuntimeError: torch's own for a full disk; InputError: another program has the file.
+        # RuntimeError: torch's for a full disk; InputError: another program has the file open.
         except (OSError, RuntimeError, InputError) as error:
             print(f"{self.path}: not saved ({str(error).splitlines()[0]})", file=sys.stderr)
         self.is_writing = False
@@ -642,7 +645,7 @@ class Checkpoint:
 
     @contextlib.contextmanager
     def kept_if_writing_fails(self):
-        """Around the writing of what a run has found: where it fails, --resume writes it."""
+        """Wraps the writing of results: where it fails, --resume can write them later."""
         try:
             yield
         except BrokenPipeError:  # of stdout
@@ -659,9 +662,9 @@ class Checkpoint:
         return "there is no checkpoint yet; the same command starts anew"
 
     def remove(self):
-        """At the end of a run that was not interrupted."""
+        """Removes the file, at the end of a run that was not interrupted."""
         if not is_main_process():
             return
         Path(self.path).unlink(missing_ok=True)
-        # What a kill in the middle of writing has left.
+        # Also the temporary file that a kill in the middle of writing has left.
         remove_leftovers(self.path, age=0)
