@@ -4,8 +4,8 @@
     python data.py --data vg              the paper's Video Games: downloads for hours, resumable
     python data.py --data path/to/folder  check your own data (format: README)
 
-Each prints the counts. Of the paper's method only `split` is here (its section 4.1.1). What the
-files of a folder look like, and how they are read, is in folders.py.
+Each command prints the counts. The only part of the paper's method here is `split` (Section
+4.1.1). What the files of a folder look like, and how they are read, is in folders.py.
 """
 import argparse
 import functools
@@ -37,10 +37,10 @@ DROPPED = -1  # part of an interaction that --keep or --new-items leaves out
 def split(users, seed=0, valid=0.1):
     """The part of each interaction, int8 [n]: TRAIN, VALID or TEST.
 
-    users: int [n], the user of each interaction. Of a user's n_u interactions floor(0.8 n_u), at
-    least one, go to train, at random, and the remainder to test (Section 4.1.1). Of the training
-    interactions the fraction `valid`, drawn uniformly, goes to validation, but each user keeps
-    one to train on.
+    users: int [n], the user of each interaction. Of a user's n_u interactions, a random
+    floor(0.8 n_u), but at least one, go to train and the others to test (Section 4.1.1). Then a
+    fraction `valid` of all training interactions, drawn uniformly, goes to validation, but each
+    user keeps one to train on.
     """
     rng = np.random.default_rng(seed)
     count = np.bincount(users)  # n_u
@@ -53,7 +53,7 @@ def split(users, seed=0, valid=0.1):
 
 
 def random_place(users, rng):
-    """int64 [n]: each interaction's place among its user's, 0 to n_u - 1, in random order."""
+    """int64 [n]: each interaction's place, 0 to n_u - 1, in a random order of its user's."""
     # Sort by user, in random order within a user. Then an interaction's place is its distance
     # from where its user starts.
     order = np.lexsort((rng.random(len(users)), users))
@@ -67,7 +67,7 @@ def random_place(users, rng):
 def hold_out(part, must_stay, valid, rng):
     """Indices of the training interactions that become validation.
 
-    must_stay: bool [n], the one interaction of each user that cannot.
+    must_stay: bool [n], the one training interaction of each user that must not.
     """
     is_train = part == TRAIN
     free = np.flatnonzero(is_train & ~must_stay)
@@ -76,8 +76,8 @@ def hold_out(part, must_stay, valid, rng):
 
 
 def drop_training(part, users, share, seed):
-    """The parts with only `share` of each user's training interactions, at least one, the others
-    DROPPED. What a share keeps a larger share keeps too."""
+    """The parts with only `share` of each user's training interactions, but at least one; the
+    others are DROPPED. A larger share keeps all that a smaller one keeps."""
     part = part.copy()
     train = np.flatnonzero(part == TRAIN)
     place = random_place(users[train], np.random.default_rng(seed))
@@ -89,7 +89,7 @@ def drop_training(part, users, share, seed):
 
 
 class Parts(NamedTuple):
-    """A data set, split: binary CSR matrices float32 [n_users, n_items], and what they are of."""
+    """A data set after its split; the matrices are binary CSR, float32 [n_users, n_items]."""
     train: sp.csr_matrix
     valid: sp.csr_matrix
     test: sp.csr_matrix
@@ -105,10 +105,10 @@ class Parts(NamedTuple):
 
 
 def hold_out_items(part, dataset, share, seed):
-    """(part, new items int64): of a share of the items every interaction goes to TEST.
+    """(part, new items int64): a share of the items is new; all their interactions go to TEST.
 
-    Nothing of them is left to train on or to validate. The test interactions of the other items
-    are DROPPED, and so is all of users who are left without training.
+    New items have none left in training or validation. The test interactions of the other items
+    are DROPPED, and so are all interactions of users who are left without training.
     """
     users, n_items = dataset.users, dataset.n_items
     new_items = np.random.default_rng(seed).permutation(n_items)[:round(share * n_items)]
@@ -123,9 +123,9 @@ def hold_out_items(part, dataset, share, seed):
 def split_dataset(dataset, seed=0, valid=0.1, share=1.0, share_new=0.0):
     """The Parts of a Dataset: its published split where it has one, otherwise ours.
 
-    share: of each user's training interactions that are kept, to see what less data does;
-    share_new: of the items that become new: nothing of them is in training, and the test ranks
-    them alone.
+    share: how much of each user's training interactions is kept, to see what less data does.
+    share_new: how much of the items becomes new. New items have no interaction in training, and
+    the test ranks only them.
     """
     if dataset.labels is None:
         part = split(dataset.users, seed, valid)
@@ -162,14 +162,14 @@ def split_dataset(dataset, seed=0, valid=0.1, share=1.0, share_new=0.0):
 
 
 def published_split(dataset, seed, valid):
-    """The data's own labels; where none is VALID, `valid` of the training interactions get it."""
+    """The data's own labels; if none is VALID, a fraction `valid` of TRAIN becomes VALID."""
     part = dataset.labels.copy()
     if valid == 0:
         part[part == VALID] = TRAIN
     elif not np.any(part == VALID):
         rng = np.random.default_rng(seed)
         train = rng.permutation(np.flatnonzero(part == TRAIN))
-        # Of each user the first one in this random order stays.
+        # Each user's first interaction in this random order stays in training.
         _, one_each = np.unique(dataset.users[train], return_index=True)
         must_stay = np.zeros(len(part), bool)
         must_stay[train[one_each]] = True
@@ -178,7 +178,7 @@ def published_split(dataset, seed, valid):
 
 
 def interaction_matrix(dataset, chosen):
-    """The chosen interactions, bool [n], as a binary CSR matrix [n_users, n_items]."""
+    """The interactions where `chosen`, bool [n], is True: binary CSR [n_users, n_items]."""
     pairs = dataset.users[chosen], dataset.items[chosen]
     ones = np.ones(np.sum(chosen), np.float32)
     matrix = sp.csr_matrix((ones, pairs), shape=(dataset.n_users, dataset.n_items))
@@ -191,7 +191,7 @@ def fingerprint(dataset, train):
     digest = hashlib.sha256()
     for ids in (dataset.user_ids, dataset.item_ids):
         digest.update("\n".join(ids).encode() + b"\0")
-    # As 64-bit little-endian numbers: SciPy's index type and the machine do not matter.
+    # As 64-bit little-endian numbers, so that SciPy's index type and the machine do not matter.
     for array in (train.indptr, train.indices):
         digest.update(array.astype("<i8").tobytes())
     return digest.hexdigest()
@@ -212,7 +212,7 @@ def load(data, data_dir=Path("data"), modalities="RTVG", min_count=0, sample=0, 
     """The Dataset that --data names; makes or downloads what is not there.
 
     data: demo, vg, tg, amazon:<Category>, or a folder. modalities: what will be used; images are
-    downloaded for V only. min_rating, min_count, sample, seed: the filters --min-rating,
+    downloaded only for V. min_rating, min_count, sample, seed: the filters --min-rating,
     --min-count and --sample, in this order. contents=False: the interactions alone. url: where
     the Amazon release is.
     """
@@ -242,7 +242,7 @@ def find_dataset(data, data_dir, modalities, contents, url, min_rating, may_make
             run.make_folder(folder, {"generator": demo.DEMO_VERSION}, demo.write_demo)
         check_is_made(folder, data)
         dataset = read_folder(folder, contents, min_rating)
-        # A folder of the user's may be called demo as well: CLIP is for that one.
+        # Set here and not by the name: a user's own folder may be called demo too, and gets CLIP.
         dataset.encoder = "tiny"
         return dataset
     if data in CATEGORY or data.startswith("amazon:"):
@@ -276,7 +276,7 @@ def check_is_made(folder, data):
 
 
 def report_counts(dataset, paper):
-    """One line with the data set's size, beside the paper's where it has this set."""
+    """Prints the data set's size, and the size in the paper if the paper has this data set."""
     n = len(dataset.users)
     sparsity = 1 - n / dataset.n_users / dataset.n_items
     line = (f"{dataset.name}: {dataset.n_users:,} users, {dataset.n_items:,} items, "
@@ -291,7 +291,7 @@ def report_counts(dataset, paper):
 def k_core(users, items, count):
     """Indices of the interactions left when users and items with fewer than `count` are removed.
 
-    Removing some leaves others with fewer, so it goes on until all that are left have enough.
+    Removing some leaves others with fewer, so this repeats until all that are left have enough.
     """
     rows = np.arange(len(users), dtype=np.int64)
     while len(rows):
@@ -312,11 +312,11 @@ CONTENT = {"T": "text", "V": "image", "R": "review"}
 
 def features(dataset, modalities, encoder="auto", data_dir=Path("data"), clip=CLIP,
              device="auto"):
-    """{modality: float [n_items, d_m], for "R" [n_interactions, d_m]}; a NaN row: it has none.
+    """{modality: float [n_items, d_m], for "R" [n_interactions, d_m]}, NaN rows where missing.
 
-    modalities: letters of T (description), V (image), R (review). encoder: "tiny" or "clip"
+    modalities: any letters of T (description), V (image), R (review). encoder: "tiny" or "clip"
     encodes the contents; "auto" takes the ready .npy files where the data set has them, and
-    encodes the rest with CLIP (of the built-in demo: with tiny). device: CLIP's.
+    encodes the rest with CLIP, or with tiny for the built-in demo. device: where CLIP runs.
     """
     ready = {}
     if encoder == "auto":
@@ -348,38 +348,38 @@ def features(dataset, modalities, encoder="auto", data_dir=Path("data"), clip=CL
 
 
 def shuffled(features, seed):
-    """A control: features whose items have each other's contents, interactions other's reviews.
+    """A control: contents are permuted among items, and reviews among interactions.
 
-    An item's text and image stay together, so that CIMA still has its pairs. Reviews of held-out
-    interactions move too, to users at random: they tell nothing of who wrote them.
+    An item's text and image move together, so that CIMA still has its pairs. Reviews of held-out
+    interactions move too, but to random users, so they say nothing of who wrote them.
     """
     permuted = {}
     for modality, table in features.items():
-        # Of one seed for each: tables with a row per item are permuted alike.
+        # The same seed for each table: the tables with a row per item are permuted alike.
         order = np.random.default_rng(seed).permutation(len(table))
         permuted[modality] = table[order]
     return permuted
 
 
 def contents_of(dataset, modality):
-    """What an encoder reads: list of str, '' for none; None where there is nothing at all."""
+    """What an encoder reads: list of str, '' where one is missing; None if all are missing."""
     contents = {"T": dataset.texts, "V": dataset.images, "R": dataset.reviews}[modality]
     return contents if contents is not None and any(contents) else None
 
 
 def missing_rows(table):
-    """bool [n]: rows that are NaN throughout, or 0 throughout, which has no direction."""
+    """bool [n]: whether a row is all NaN, or all 0, which has no direction."""
     is_missing = np.empty(len(table), bool)
     block_rows = 1 << 14  # a table on disk may be larger than memory
     for start in range(0, len(table), block_rows):
         block = table[start:start + block_rows]
-        # A row is NaN throughout or not at all, so one column tells.
+        # A row is either all NaN or has no NaN, so one column is enough to see it.
         is_missing[start:start + block_rows] = np.isnan(block[:, 0]) | ~block.any(1)
     return is_missing
 
 
 def report_features(dataset, modality, table, is_missing, contents):
-    """One line: how wide a modality's features are, how many have none, and why not."""
+    """Prints how wide a modality's features are, how many rows lack it, and why."""
     rows = "interactions" if modality == "R" else "items"
     line = (f"{CONTENT[modality]}: {table.shape[1]}-d; "
             f"{np.sum(is_missing):,} of {len(is_missing):,} {rows} have none")
@@ -396,8 +396,8 @@ def report_features(dataset, modality, table, is_missing, contents):
 def save_embeddings(path, dataset, parts, user, item, meta):
     """Writes emb.npz: user and item float32 [n, d], user_ids, item_ids, meta, fingerprint.
 
-    user may be None. meta: a dict, stored as JSON. The fingerprint is that of the split's
-    training interactions, so that the tables are not tested on what they were trained on.
+    user may be None. meta: a dict, stored as JSON. The fingerprint is of the training
+    interactions: finetune.py refuses others, so that no table is tested on what it was trained on.
     """
     arrays = {
         "item": np.asarray(item, np.float32),
@@ -447,11 +447,11 @@ def load_embeddings(path):
 
 
 def check_unpacked_size(path):
-    """InputError for an archive that would unpack to far more than it is itself."""
+    """InputError for an archive that would unpack to far more than its own size."""
     with zipfile.ZipFile(path) as archive:
         members = archive.infolist()
         n_bytes = sum(member.file_size for member in members)
-        # What mmcpr.py writes is not packed at all.
+        # mmcpr.py itself writes its archives without compression.
         if n_bytes > max(1 << 28, 20 * os.path.getsize(path)):
             raise InputError(f"{path}: {os.path.getsize(path) / 1e6:.0f} MB that unpack to "
                              f"{n_bytes / 1e9:.1f} GB; make it again with python mmcpr.py")
@@ -465,7 +465,7 @@ def check_unpacked_size(path):
 
 
 def check_meta(path, meta):
-    """InputError where what finetune.py takes from meta is not of the shape that we write."""
+    """InputError where a value that finetune.py takes from meta is not as we would write it."""
     remedy = "make it again with python mmcpr.py"
     if not isinstance(meta, dict):
         raise InputError(f"{path}: its meta is no JSON object; {remedy}")
@@ -478,7 +478,7 @@ def check_meta(path, meta):
 
 
 def check_table(path, arrays, side):
-    """InputError where a table is not finite floats, a row for each id, as wide as the items'."""
+    """InputError unless a table is finite floats, has a row for each id and the items' width."""
     table, ids = arrays[side], arrays[f"{side}_ids"]
     if ids.dtype.kind != "U" or ids.ndim != 1:
         raise InputError(f"{path}: '{side}_ids' is {ids.dtype} {ids.shape}, not a list of texts; "
@@ -521,7 +521,7 @@ def is_data_option(name, value):
 
 
 def add_data_arguments(parser):
-    """The flags for the data and its split; None where not given, so that emb.npz can say."""
+    """Adds the flags for the data and its split. One not given is None: emb.npz may say it."""
     group = parser.add_argument_group(
         "data", "defaults are those of a new run; with --init, what its tables were made with")
     group.add_argument("--data", help="demo, vg, tg, amazon:<Category>, or a folder "
@@ -547,7 +547,7 @@ def add_data_arguments(parser):
 
 
 def add_feature_arguments(parser):
-    """The flags for the encoders."""
+    """Adds the flags for the encoders."""
     group = parser.add_argument_group("features")
     group.add_argument("--encoder", choices=("auto", "clip", "tiny"), default="auto",
                        help="auto: ready .npy features if the data has them, else clip "
@@ -558,13 +558,13 @@ def add_feature_arguments(parser):
                        help="its open_clip tag, or a file (default: %(default)s)")
 
 
-# Options that change nothing of what is trained: where files go, what else is written.
+# Options that do not change what is trained: where files go, what else is written, resuming.
 BESIDE = ("out", "metrics", "per_user", "recommend", "top", "all_seen", "resume",
           "checkpoint_every")
 
 
 def training_options(args, *without):
-    """A command line's options but for the data's, which are kept apart, BESIDE and `without`."""
+    """A command line's options, except the data's (kept apart), BESIDE and `without`."""
     options = {}
     for name, value in vars(args).items():
         if name not in (*DATA_DEFAULTS, "amazon_url", *BESIDE, *without):
@@ -580,7 +580,7 @@ def open_data(args, data_options=None, modalities="RTVG", contents=True):
     stored = data_options or {}
     data_options = dict(DATA_DEFAULTS)
     for name in DATA_DEFAULTS:
-        # A flag that is given counts, then what emb.npz was made with, then the default.
+        # A flag that is given comes first, then what emb.npz was made with, then the default.
         if stored.get(name) is not None:
             data_options[name] = stored[name]
         if getattr(args, name) is not None:
@@ -616,7 +616,7 @@ def data_flags(data_options):
 
 
 def changed_flags(options, defaults):
-    """The options that are not as in `defaults`, as flags of a command line."""
+    """The options that differ from `defaults`, as flags of a command line."""
     flags = ""
     for name, default in defaults.items():
         if options[name] != default:

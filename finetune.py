@@ -4,8 +4,8 @@
     python finetune.py --init random --data demo        the same from a random start
     python finetune.py --init emb.npz --seeds 0 1 2 --metrics out.json --recommend recs.csv
 
-Section 3.6 of the paper. Prints Recall and NDCG @20, 40, 60 on the test interactions, once, at the
-epoch that validation chose.
+This is Section 3.6 of the paper. Validation chooses the epoch. At that epoch the test interactions
+are ranked, once, and their Recall and NDCG @20, 40, 60 are printed.
 
     E0       [n_users + n_items, d]   the only parameters: users' rows, then items'
     A_hat    sparse, symmetric        D^-1/2 A D^-1/2, A = [[0, R], [R^T, 0]]: users and items
@@ -41,7 +41,7 @@ DEFAULTS = dict(
     lr=1e-3,          # MixGCF's authors: 1e-3
     l2=1e-4,          # MixGCF's authors: 1e-4; a penalty, not the paper's L2
     batch=2048,       # paper: 2048, interactions in a step
-    epochs=1000,      # paper: 1000; at most
+    epochs=1000,      # paper: 1000; the maximum
     eval_every=5,     # MixGCF's authors: 5
     patience=10,      # MixGCF's authors: 10, in validations (mmcpr.py's is in epochs)
     scale="asis",     # paper: not said; as they are
@@ -54,7 +54,7 @@ class LightGCN(nn.Module):
     """E^(l+1) = A_hat E^(l); a score is mean_l e_u^(l) . mean_l e_i^(l)."""
 
     def __init__(self, train, user, item, n_layers=DEFAULTS["layers"]):
-        """train: CSR [n_users, n_items]; user [n_users, d], item [n_items, d]: the start."""
+        """train: CSR [n_users, n_items]; user [n_users, d], item [n_items, d]: initial E0."""
         super().__init__()
         self.n_users, self.n_layers = len(user), n_layers
         self.E0 = nn.Parameter(torch.cat([user, item]))
@@ -83,11 +83,11 @@ def mixgcf_loss(model, users, pos_items, candidates, mix, penalty_weight=DEFAULT
     users, pos_items int64 [B] and candidates int64 [B, M] are rows of E0; mix [L+1, B] is
     uniform in [0, 1), MixGCF's alpha.
     """
-    # The layers are computed without autograd: ops.layer_rows knows their gradient.
+    # The layers are computed without autograd, because ops.layer_rows has their gradient.
     layers = model.layers()
-    # Hop mixing: each layer picks the candidate that scores highest. MixGCF mixes first, but
-    # that does not change which one it is (ops.hard_negatives). The choice has no gradient;
-    # what is chosen has.
+    # Hop mixing: each layer picks the candidate that scores highest. MixGCF first mixes in the
+    # positive, which does not change the winner (see ops.hard_negatives). The choice itself has
+    # no gradient; the rows that it picks have one.
     picked = ops.hard_negatives(layers, users, candidates)                            # [L+1, B]
     rows = torch.cat([users.expand_as(picked), pos_items.expand_as(picked), picked], 1)
     e = ops.layer_rows(model.E0, model.A_hat, layers, rows)                     # [L+1, 3 B, d]
@@ -114,13 +114,13 @@ def bpr_loss(e_user, e_pos, e_neg, penalty_weight):
 def initial_tables(init, train, dim, scale="asis"):
     """(user [n_users, d], item [n_items, d]) to start from, float32 tensors.
 
-    init: {"user": array, "item": array}, None for a random start; a table that it lacks is
-    Xavier-uniform. scale: "asis", "xavier" (each table brought to the root mean square that
-    Xavier would give it), or a number, that root mean square.
+    init: {"user": array, "item": array}, or None for a random start; a table that it lacks is
+    Xavier-uniform. scale: "asis" changes nothing; "xavier" brings each table to the root mean
+    square that Xavier would give it; a number is the root mean square to bring each table to.
     """
     tables = []
     for side, n in (("user", train.shape[0]), ("item", train.shape[1])):
-        # Drawn even where init has the table, so that the random one is always the same.
+        # Drawn even where init has this table, so that one seed always draws the same tables.
         table = nn.init.xavier_uniform_(torch.empty(n, dim))
         if init and side in init:
             table = torch.from_numpy(np.asarray(init[side], np.float32))
@@ -144,7 +144,7 @@ class Training(NamedTuple):
 
 
 def start_training(parts, init, args, seed, device):
-    """Training from the initial tables (initial_tables)."""
+    """The Training before epoch 1, with the tables that initial_tables returns."""
     torch.manual_seed(seed)
     user, item = initial_tables(init, parts.train, args.dim, args.scale)
     model = LightGCN(parts.train, user.to(device), item.to(device), args.layers)
@@ -152,20 +152,20 @@ def start_training(parts, init, args, seed, device):
     pairs = parts.train.tocoo()
     pair_user = torch.from_numpy(pairs.row).to(device).long()
     pair_item = torch.from_numpy(pairs.col).to(device).long()
-    # A new item is not there yet: it is nobody's negative.
+    # While training, a new item is not there yet, so it must not be anybody's negative.
     sample_negatives = ops.NegativeSampler(parts.train, device, parts.known_items())
     return Training(model, optimizer, pair_user, pair_item, sample_negatives)
 
 
 def train_epoch(training, epoch, args):
-    """One pass over the training interactions, in random order: the mean loss.
+    """Trains one pass over the training interactions, in random order. Returns the mean loss.
 
-    InputError, which names the epoch, where that is not finite.
+    InputError, which names the epoch, where the loss is not finite.
     """
     model, optimizer, pair_user, pair_item, sample_negatives = training
     device, share = model.E0.device, run.my_share()
     loss_sum = torch.zeros((), device=device)
-    # The last, smaller batch too.
+    # The last batch may be smaller; it is not dropped.
     for indices in torch.randperm(len(pair_user), device=device).split(args.batch):
         users, pos_items = pair_user[indices], pair_item[indices]                          # [B]
         candidates = sample_negatives(users, args.candidates)                           # [B, M]
@@ -188,12 +188,12 @@ def train_epoch(training, epoch, args):
 
 
 def finetune(parts, init, args, seed, device="cpu", checkpoint=None):
-    """Trains LightGCN with MixGCF: (user, item, result, ranks) of the epoch that validation chose.
+    """Trains LightGCN with MixGCF. Returns (user, item, result, ranks) of the best epoch.
 
     ranks: where each test interaction is ranked (metrics.truth_ranks).
 
-    Epoch 0, LightGCN over the tables as given, is evaluated too and can win. Without validation
-    the last of args.epochs is taken.
+    Validation chooses the best epoch; without validation it is the last of args.epochs. Epoch 0
+    is LightGCN over the tables as given; it is evaluated too and can win.
     """
     started = time.time()
     checkpoint = checkpoint or run.Checkpoint()
@@ -222,14 +222,14 @@ def finetune(parts, init, args, seed, device="cpu", checkpoint=None):
                 if has_valid:
                     progress["history"].append({"epoch": epoch, "recall@20": value,
                                                 "loss": mean_loss})
-                    # What the bar shows is kept: Ctrl-C may come at once.
+                    # Shown only after it is kept, because Ctrl-C may come right afterwards.
                     epochs.set_postfix({"loss": mean_loss, "valid recall@20": f"{value:.4f}"})
             progress["epoch"], progress["seconds"] = epoch, time.time() - started
             checkpoint.update(model, optimizer, progress)
 
     best = progress["best"]
     user, item = best["tables"]
-    user, item = user.to(device), item.to(device)  # a checkpoint's are on the CPU
+    user, item = user.to(device), item.to(device)  # tables from a checkpoint are on the CPU
     if not torch.isfinite(user.square().sum() + item.square().sum()):
         raise run.InputError(f"the tables are not finite at epoch {best['epoch']}; "
                              f"lower --lr (now {args.lr}) or --scale")
@@ -244,9 +244,9 @@ def finetune(parts, init, args, seed, device="cpu", checkpoint=None):
 
 def rank_test(user, item, parts):
     """(test metrics, where each test interaction is ranked: int64 [parts.test.nnz])."""
-    # The candidates leave out validation items too: they are known by then.
+    # A user's validation items are no candidates either: at test time they are known.
     seen, truth = train_and_valid(parts), parts.test
-    # New items are ranked among themselves.
+    # Where there are new items, only these are candidates.
     if parts.new_items is not None:
         item = item[torch.from_numpy(parts.new_items).to(item.device)]
         seen, truth = seen[:, parts.new_items], truth[:, parts.new_items]
@@ -255,7 +255,7 @@ def rank_test(user, item, parts):
 
 
 def popularity(train):
-    """(user [n_users, 1], item [n_items, 1]) whose scores are the items' training interactions."""
+    """(user [n_users, 1], item [n_items, 1]); a score is the item's interaction count in train."""
     count = torch.from_numpy(np.asarray(train.sum(0), np.float32).ravel())
     return torch.ones(train.shape[0], 1), count[:, None]
 
@@ -265,12 +265,13 @@ def train_and_valid(parts):
 
 
 def out_of_patience(values, patience):
-    """Whether the last `patience` validations, of `values`, brought no new best.
+    """Whether the last `patience` validations brought no new best. values: of all validations.
 
-    What came before the lowest of the first `patience` ones does not count: a pre-trained start
-    falls before it rises above itself, and would be stopped on its way up. From a random start
-    the first is the lowest, which is MixGCF's rule. Of .10 .05 .04 .06 .05 .05, with a patience of
-    2, it counts from .05 on; .06 is the best, and the last two end it.
+    Values before the lowest of the first `patience` ones do not count: a pre-trained start first
+    falls, then rises above where it began, and would be stopped on its way up. From a random start
+    the first value is the lowest, so all count, which is MixGCF's rule. Example: patience 2 and
+    values .10 .05 .04 .06 .05 .05. They count from the first .05 on; the best is .06, and two
+    values without a new best follow it: True.
     """
     if not values:
         return False
@@ -284,9 +285,9 @@ def out_of_patience(values, patience):
 def recommend(path, user, item, dataset, parts, top=20, all_seen=False):
     """recs.csv: each user's `top` best items with ranks and scores.
 
-    As the test ranks them: without training and validation items; held-out test items are
-    candidates. With --new-items all items are, not only the new ones. all_seen: without the
-    user's items in training, validation and test, for use. (What --keep drops is not known.)
+    A user's candidates are, as in the test, all items but those in training and validation.
+    Unlike in the test, --new-items does not limit them to new items. all_seen, for real use:
+    items in test are left out too. (What --keep or --new-items has dropped is not known.)
     """
     seen = train_and_valid(parts)
     if all_seen:
@@ -310,11 +311,11 @@ def recommend(path, user, item, dataset, parts, top=20, all_seen=False):
 
 
 def write_per_user(path, ranks, dataset, parts):
-    """An .npz of the test, user by user and interaction by interaction.
+    """Writes an .npz of the test, user by user and interaction by interaction.
 
-    user_ids [n_tested], train int [n_tested] (how many training interactions the user has),
-    recall@20 and so on float [n_tested]; and for each test interaction user (a row of user_ids),
-    item_ids, item_train (training interactions of the item), rank (1 is best, 0: not among the
+    For each tested user, [n_tested]: user_ids, train int (how many training interactions the user
+    has), recall@20 and so on float. For each test interaction: user (a row of user_ids), item_ids,
+    item_train (how many training interactions the item has), rank (1 is best; 0: not among the
     first 60).
     """
     test = parts.test.sorted_indices().tocoo()
@@ -330,7 +331,7 @@ def write_per_user(path, ranks, dataset, parts):
 
 
 def summarise(results, args, data_options):
-    """What --metrics writes: one seed's result as it is, of several all and their spread."""
+    """What --metrics writes: one seed's result, or several seeds' with their mean and std."""
     if len(args.seeds) == 1:
         return results[0]
     mean, std = {}, {}
@@ -350,7 +351,7 @@ def write_metrics(args, results, data_options):
 
 
 def write_outputs(args, results, user, item, ranks, dataset, parts, data_options):
-    """What was asked for, after every seed; all but --metrics is the first seed's."""
+    """Writes the files asked for, after every seed; all but --metrics are of the first seed."""
     write_metrics(args, results, data_options)
     if len(results) > 1:
         return
@@ -374,9 +375,9 @@ def print_row(label, values):
 
 
 def print_popularity(parts, device):
-    """The test of what knows only how often each item is bought: hard to beat on scarce data."""
+    """Prints the test metrics of the most popular items: hard to beat on scarce data."""
     if parts.new_items is not None:
-        return  # nobody has bought any
+        return  # nobody has bought a new item in training
     user, item = popularity(parts.train)
     values, _ = rank_test(user.to(device), item.to(device), parts)
     print_row("the most popular items", [f"{values[name]:.4f}" for name in METRIC_NAMES])
@@ -389,7 +390,7 @@ def print_result(result):
 
 
 def print_spread(results):
-    """The rows below: mean and standard deviation (n - 1) of several seeds."""
+    """Prints the rows below the seeds' own: their mean and standard deviation (n - 1)."""
     table = np.array([[result["test"][name] for name in METRIC_NAMES] for result in results])
     if len(results) > 1:
         print_row("mean", [f"{value:.4f}" for value in table.mean(0)])
@@ -404,7 +405,7 @@ def print_spread(results):
 
 
 def training_brought_nothing(result):
-    """Whether validation chose epoch 0. A Recall of 1 has nothing above it."""
+    """Whether epoch 0 stayed the best on validation. False for a Recall of 1: it cannot rise."""
     if result["epoch"] > 0 or result["epochs_run"] == 0 or not result["valid"]:
         return False
     return result["valid"]["recall@20"] < 1
@@ -413,7 +414,7 @@ def training_brought_nothing(result):
 # --- The command line ---------------------------------------------------------------------
 
 def read_init(args):
-    """(the arrays of --init, the options of the data they were made from); None, None: random.
+    """(the arrays of --init, the options of their data), or (None, None) for a random start.
 
     Sets args.dim to the width of the tables.
     """
@@ -497,7 +498,7 @@ def outputs(args):
 
 
 def check_resumed_outputs(args, results):
-    """InputError where a file was asked for that only a finished seed could have written."""
+    """InputError where a file is asked for that only an already finished seed could write."""
     for path in (args.out, args.recommend, args.per_user):
         if results and path and not os.path.exists(path):
             raise run.InputError(
@@ -539,14 +540,14 @@ def finetune_and_save(args):
         for result in results:
             print_result(result)
         if results and run.is_main_process():
-            write_metrics(args, results, data_options)  # perhaps another file than before
+            write_metrics(args, results, data_options)  # --metrics may name a new file now
         for seed in args.seeds[len(results):]:
             user, item, result, ranks = finetune(parts, arrays, args, seed, args.device,
                                                  checkpoint)
             result = {"data": data_options["data"], "init": args.init, "scale": args.scale,
                       **result}
             results.append(result)
-            # Printed first: a full disk must not take the numbers too.
+            # Printed before writing, so that a full disk does not lose the numbers too.
             print_result(result)
             if run.is_main_process():
                 with checkpoint.kept_if_writing_fails():

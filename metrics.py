@@ -1,6 +1,6 @@
 """All-ranking Recall@k and NDCG@k (Section 4.1.2), on CPU or GPU.
 
-Every item that `seen` does not hold for a user is a candidate.
+A user's candidates are all items except those that `seen` holds for this user.
 
     evaluate(user, item, seen=train, truth=valid, ks=(20,))
     -> {"recall@20": 0.18, "ndcg@20": 0.09}
@@ -10,20 +10,20 @@ import torch
 
 import run
 
-# How many scores are held at a time: 32 MB of them on a CPU. On a GPU 256 MB: it waits for the host
-# at every chunk, so there should be few.
+# How many scores are held at a time: 32 MB of them on a CPU, 256 MB on a GPU. There should be few
+# chunks on a GPU, because it waits for the host at each one.
 CHUNK_SCORES = 1 << 23
 CHUNK_SCORES_GPU = 1 << 26
 
 
 def rank(user, item, seen, k, users=None):
-    """Yields (users [c], scores [c, k], items [c, k]): each user's k best unseen, best first.
+    """Yields (users [c], scores [c, k], items [c, k]): the k best unseen items, best first.
 
     user [n_users, d], item [n_items, d]: tensors on one device; seen: CSR [n_users, n_items];
-    users: whom to rank for (default: all). A user with fewer than k candidates gets scores of
-    -inf in the tail.
+    users: the users to rank for (default: all). With fewer than k candidates, a user's last
+    scores are -inf.
     """
-    # In 64 bits, also on Windows: truth_ranks makes keys u n_items + i of them.
+    # int64, also on Windows, because truth_ranks computes keys u n_items + i from the users.
     users = np.arange(len(user), dtype=np.int64) if users is None else users.astype(np.int64)
     k = min(k, len(item))
     chunk_scores = CHUNK_SCORES_GPU if user.is_cuda else CHUNK_SCORES
@@ -63,21 +63,21 @@ def evaluate(user, item, seen, truth, ks=(20, 40, 60)):
 
 
 def means(ranks, truth, ks):
-    """{"recall@20": float, ...}: per_user's means."""
+    """{"recall@20": float, ...}: the means over users of what per_user returns."""
     return {name: float(of_users.mean()) for name, of_users in per_user(ranks, truth, ks).items()}
 
 
 def truth_ranks(user, item, seen, truth, top):
-    """Where each entry of truth is ranked for its user: int64 [nnz], 1 is best.
+    """The rank of each entry of truth in its user's list: int64 [nnz], 1 is best.
 
-    0: not among the first `top`. In the order of truth's entries, row by row and by column.
-    Several processes rank a share of the users each and get the same.
+    0 means: not among the first `top`. The ranks are in the order of truth's entries: by row, then
+    by column. With several processes each ranks a share of the users, and all return all ranks.
     """
     n_items, device = truth.shape[1], user.device
     users = np.flatnonzero(np.diff(truth.indptr))
     if not len(users):
         raise ValueError("no user has an item to be ranked for")
-    # A ranked item is in the truth where its key u n_items + i is among the sorted keys.
+    # A ranked item is in truth if its key u n_items + i is among the sorted keys of truth.
     pairs = truth.sorted_indices().tocoo()
     keys = torch.from_numpy(pairs.row.astype(np.int64) * n_items + pairs.col).to(device)
     ranks = torch.zeros(len(keys), dtype=torch.int64, device=device)
@@ -91,7 +91,7 @@ def truth_ranks(user, item, seen, truth, top):
 
 
 def per_user(ranks, truth, ks):
-    """{"recall@20": float64 [users with an item in truth], ...} of what `truth_ranks` returns.
+    """{"recall@20": float64 [users with an item in truth], ...} from the ranks of truth_ranks.
 
     recall@k = hits / |truth_u|; ndcg@k = DCG / the DCG of an ideal ranking, whose first
     min(k, |truth_u|) positions are hits.
@@ -105,7 +105,7 @@ def per_user(ranks, truth, ks):
     values = {}
     for k in ks:
         is_hit = (ranks > 0) & (ranks <= k)
-        # What is no hit has no discount, but must index something.
+        # An entry that is no hit gains 0, but its rank must be a valid index all the same.
         gain = np.where(is_hit, discount[np.clip(ranks, 1, k) - 1], 0)
         values[f"recall@{k}"] = np.add.reduceat(is_hit, start, dtype=np.float64) / n_relevant
         dcg = np.add.reduceat(gain, start)

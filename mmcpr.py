@@ -7,22 +7,22 @@
 Then: python finetune.py --init emb.npz
 
 The model and its pre-training, equation by equation. The frozen text and image encoders (Eq. 3,
-9, 10) are in encode.py; what makes it fast is in ops.py, each operator under its plain definition.
+9, 10) are in encode.py. The fast operators are in ops.py, each under its plain definition.
 
-A user has two modalities, an item three, which the code calls by letters in quotes:
+A user has two modalities and an item has three. The code names them by the letters in quotes:
 
     users    e^1 reviews "R"    e^2 user graph "G"
     items    e^1 text "T"       e^2 image "V"       e^3 item graph "G"
 
     R        [n_users, n_items]   binary training interactions
-    e^m      [n, d_m]             modality m, `encoded`: frozen features, or the graph encoder's
+    e^m      [n, d_m]             modality m, `encoded`: frozen features or graph encoder output
     e'^m     [n, d]               the same, `projected` into the common space
     a        [d]                  a side's attention vector
     alpha    [n, M]               attention over a node's M modalities
     e        [n, d]               the multi-modal representation, written to emb.npz
 
-The calls of run.my_share, n_processes, all_sum and sum_gradients split the work among several
-processes, under torchrun. In one process they do nothing.
+Under torchrun several processes share the work. run.my_share, n_processes, all_sum and
+sum_gradients divide it and add up the results. In one process these calls change nothing.
 """
 import argparse
 import platform
@@ -53,14 +53,14 @@ DEFAULTS = dict(
     cima="softmax",      # paper: Eq. 11 as printed is undefined
     bias="global",       # paper: none; ours learns the base rate
     lr=1e-2,             # paper: usually 1e-3; ours needs fewer epochs
-    weight_decay=2,      # paper: none; times (1 - lam) / training interactions
+    weight_decay=2,      # paper: none; Adam's is this times (1 - lam) / training interactions
     batch=2048,          # paper: 2048, users and CIMA's items
-    epochs=1000,         # paper: not said; at most
+    epochs=1000,         # paper: not said; the maximum
     patience=100,        # paper: not said; epochs without a better validation
     eval_every=5,        # paper: not said; epochs between validations
 )
 
-ALL = slice(None)  # every node: x[ALL] is x itself, where x[arange(n)] would copy it
+ALL = slice(None)  # all nodes; x[ALL] does not copy x, while x[arange(n)] would
 
 DEAD = 1e-3  # a modality counts as dead where its mean attention or its variance is below this
 
@@ -86,10 +86,10 @@ def graph_encoder(e0, neighbour_mean, n_layers):
 def pool_reviews(review, users, n_users, in_train, chunk=32_768):
     """e_u^1: the mean of the encoded reviews of each user's *training* interactions (Eq. 4).
 
-    The review of a validation or test interaction is left out. review [n, d_m]: a row per
-    interaction of the data set, NaN throughout where it has no text, which does not count;
-    users int [n]: whose it is; in_train bool [n]. Returns float32 [n_users, d_m], NaN rows for
-    users without any.
+    Reviews of validation and test interactions are left out. review [n, d_m]: one row per
+    interaction of the data set; a row of NaN means that there is no text and does not count.
+    users int [n]: the user of each interaction; in_train bool [n]: whether it is for training.
+    Returns float32 [n_users, d_m], with a row of NaN for each user without any such review.
     """
     total = np.zeros((n_users, review.shape[1]), np.float32)
     count = np.zeros(n_users, np.float32)
@@ -100,8 +100,8 @@ def pool_reviews(review, users, n_users, in_train, chunk=32_768):
         block = np.asarray(review[rows], np.float32)                                  # [c, d_m]
         has_text = ~np.isnan(block[:, 0])
         author = users[rows][has_text]
-        # np.add.at(total, author, block[has_text]), but much faster: the product with a sparse
-        # matrix that has a 1 at (author, review).
+        # This is np.add.at(total, author, block[has_text]), but much faster. It is a product with
+        # a sparse matrix that has a 1 at each (author, review).
         review_number = np.arange(len(author), dtype=np.int64)
         ones = np.ones(len(author), np.float32)
         wrote = sp.csr_matrix((ones, (author, review_number)), (n_users, len(author)))
@@ -122,8 +122,8 @@ def inter_modal_aggregation(projected, present, a):
     modality gets alpha = 0; where all are missing, alpha and e are 0.
     """
     logits = F.relu(projected @ a)                                                      # [n, M]
-    # After the ReLU, which would turn the mask into a 0 that still has weight. The lowest number
-    # instead of -inf: a softmax over -inf alone is NaN.
+    # The mask comes after the ReLU, which would turn it into 0, and a logit of 0 has weight. It is
+    # the lowest number and not -inf, because a softmax over -inf alone is NaN.
     logits = logits.masked_fill(~present, torch.finfo(logits.dtype).min)
     alpha = torch.softmax(logits, 1) * present
     e = (alpha[:, :, None] * projected).sum(1)                                          # [n, d]
@@ -131,7 +131,7 @@ def inter_modal_aggregation(projected, present, a):
 
 
 def normalise(features):
-    """What W sees of a modality (ours): rows of length 1, centred, over their RMS length.
+    """Prepares features for W (our addition): unit rows, centred, divided by their RMS length.
 
     features [n, d_m], NaN rows where a node lacks the modality -> (float32 [n, d_m], present
     bool [n]).
@@ -146,12 +146,12 @@ def normalise(features):
     if present.any():
         x[present] -= x[present].mean(0)
         length = x[present].square().sum(1).mean().sqrt()
-        x /= length.clamp(min=1e-3)  # where all rows are the same nothing is left
+        x /= length.clamp(min=1e-3)  # the length is 0 where all rows are the same
     return x, present
 
 
 class Tower(nn.Module):
-    """One side: its modalities' encoders, projections and inter-modal aggregation.
+    """One side, users or items: its modalities' encoders, projections and aggregation.
 
     features: {modality: float [n, d_m]}, NaN rows where a node lacks it; graph: an
     ops.CoInteractionGraph, the function x -> mean over neighbours, or None. A node that has no
@@ -173,7 +173,7 @@ class Tower(nn.Module):
         if graph is not None:
             self.modalities.append("G")
             width["G"] = dim
-            # Who has no neighbour has no graph modality either.
+            # A node without neighbours lacks the graph modality.
             present.append(graph.inverse_degree[:, 0].cpu() > 0)
         present = torch.stack(present, 1) if present else torch.ones(n, 0, dtype=torch.bool)
         self.register_buffer("present", present, persistent=False)                      # [n, M]
@@ -186,7 +186,7 @@ class Tower(nn.Module):
         self.e0 = xavier_table(n, dim) if graph is not None else None
         self.fallback = None if present.any(1).all() else xavier_table(n, dim)
         if self.modalities:
-            # Not zeros: then all logits would be 0, where the ReLU has no gradient.
+            # If `a` started at zeros, all logits would be 0, where the ReLU has no gradient.
             a = nn.init.xavier_uniform_(torch.empty(dim, 1))
             self.a = nn.Parameter(a[:, 0])
 
@@ -208,7 +208,7 @@ class Tower(nn.Module):
             projected.append(self.W[name](encoded))                                 # (Eq. 6, 12)
         projected = torch.stack(projected, 1)                                        # [b, M, d]
         e, alpha = inter_modal_aggregation(projected, present, self.a)
-        # With nothing to aggregate e would be 0, and no score could be learned.
+        # For a node without any modality e is 0, from which no score could be learned.
         if self.fallback is not None:
             e = torch.where(present.any(1, keepdim=True), e, self.fallback[nodes])
         return e, alpha, projected
@@ -216,7 +216,7 @@ class Tower(nn.Module):
     @torch.no_grad()
     def embed(self):
         """e [n, d] of all nodes."""
-        # A copy: of a side without modalities it would be the trained table itself.
+        # Cloned, because for a side without modalities the result is the trained table itself.
         return self(ALL)[0].clone()
 
     @torch.no_grad()
@@ -224,8 +224,8 @@ class Tower(nn.Module):
         """{modality: {"attention", "cut", "variance"}}, over the nodes that have the modality.
 
         attention: the mean alpha; cut: the share of logits a . e'^m that the ReLU makes 0;
-        variance: the mean squared distance of e'^m from its mean. Where that is 0 the modality
-        says the same of every node.
+        variance: the mean squared distance of e'^m from its mean. A variance of 0 means
+        that the modality says the same of every node.
         """
         if not self.modalities:
             return {}
@@ -243,19 +243,19 @@ class Tower(nn.Module):
 
 
 def xavier_table(n, dim):
-    """A trained table, initialised as the paper does the graph's (Section 4.1.4)."""
+    """A trained table, initialised like the graph encoder's in the paper (Section 4.1.4)."""
     return nn.Parameter(nn.init.xavier_uniform_(torch.empty(n, dim)))
 
 
 # --- Contrastive inter-modal alignment, CIMA (Eq. 11) -------------------------------------
 
 def cima(text, image, tau=DEFAULTS["tau"], reading=DEFAULTS["cima"]):
-    """L1 / N over N items that have both: text, image [N, d] -> scalar.
+    """L1 / N for N items that have both a text and an image: text, image [N, d] -> scalar.
 
-    The paper writes e^1, e^2, but these are frozen and there would be nothing to train: text
-    and image are the projections e'^1, e'^2. Eq. 11 as printed takes the log of a number that
-    may be negative. Two readings: "softmax", CLIP's symmetric cross-entropy ("which of the
-    N x N possible pairings actually occurred"); "bce", the formula with a sigmoid.
+    The paper writes e^1 and e^2, but these are frozen and there would be nothing to train. So
+    text and image are the projections e'^1 and e'^2. Eq. 11 as printed takes the log of a number
+    that may be negative. There are two readings: "softmax" is CLIP's symmetric cross-entropy
+    ("which of the N x N possible pairings actually occurred"); "bce" adds a sigmoid to the formula.
     """
     text, image = F.normalize(text, dim=1), F.normalize(image, dim=1)
     s = text @ image.T / tau                         # s_pq = cos(text_p, image_q) / tau, [N, N]
@@ -264,7 +264,7 @@ def cima(text, image, tau=DEFAULTS["tau"], reading=DEFAULTS["cima"]):
         return F.binary_cross_entropy_with_logits(s, C, reduction="sum") / len(s)
     labels = torch.arange(len(s), device=s.device)   # the image of text p is the p-th
     text_to_image = F.cross_entropy(s, labels, reduction="sum")
-    # s transposed, but laid out in rows, along which the softmax goes.
+    # These logits are s.T. They are computed anew so that softmax runs along contiguous rows.
     image_to_text = F.cross_entropy(image @ text.T / tau, labels, reduction="sum")
     return (text_to_image + image_to_text) / (2 * len(s))
 
@@ -275,9 +275,9 @@ class MMCPR(nn.Module):
     """Both towers, and the bias of the score, which is trained but not written to emb.npz.
 
     R: CSR [n_users, n_items]; features: {"R": [n_users, d_m], "T", "V": [n_items, d_m]}, any
-    subset; use_graphs: whether to use modality G; bias: "global", one number, or "none", as in
-    Eq. 15; known_items: int64, the items that both losses see; None: all. `objective`, below, is
-    one step's loss.
+    subset; use_graphs: whether to use modality G; bias: "global" (one trained number) or "none"
+    (as in Eq. 15); known_items: int64, the items that both losses see, or None for all. One
+    step's loss is `objective`, below.
     """
 
     def __init__(self, R, features, use_graphs=True, dim=DEFAULTS["dim"],
@@ -291,7 +291,7 @@ class MMCPR(nn.Module):
         if use_graphs:
             user_graph = ops.CoInteractionGraph(R, device)
             item_graph = ops.CoInteractionGraph(R.T.tocsr(), device)
-        # Letter by letter: T stands before V, which items_with_pair counts on.
+        # The letters fix the order: items_with_pair relies on T being before V.
         user_features = {m: features[m] for m in "R" if m in features}
         item_features = {m: features[m] for m in "TV" if m in features}
         self.user_tower = Tower(n_users, user_features, user_graph, dim, n_layers)
@@ -299,8 +299,8 @@ class MMCPR(nn.Module):
         if bias == "none":
             self.register_buffer("bias", torch.zeros(1), persistent=False)
         else:
-            # It starts at the log-odds of the density, about -7. Without it e_u . e_i would have
-            # to learn that constant.
+            # The bias starts at the log-odds of R's density, about -7. Without a bias e_u . e_i
+            # would have to learn that constant.
             density = R.nnz / n_users / n_items
             log_odds = float(np.log(density / (1 - density)))
             self.bias = nn.Parameter(torch.full((1,), log_odds))
@@ -331,13 +331,13 @@ def objective(model, R, users, cima_items, positives_per_block, lam=DEFAULTS["la
     R: CSR tensor [n_users, n_known_items]; users int64 [B]: the block of users;
     cima_items int64 [N]; positives_per_block: the mean number of training interactions in a block.
 
-    L1 and L2 are sums. The loss is L / positives_per_block: one constant under both, so that lam
+    L1 and L2 are sums. We divide both by the same constant, positives_per_block, so that lam
     weighs the two sums, as in the paper:
 
         loss = lam L1 / positives_per_block + (1 - lam) L2 / positives_per_block
 
-    Returns (L1 / N, L2 / positives_per_block, loss), scalars; of several processes each has its
-    share. With lam 0 or 1 the other term is 0 and not computed.
+    Returns (L1 / N, L2 / positives_per_block, loss), scalars. With several processes each
+    returns its share. A term that lam gives no weight (lam 0 or 1) is not computed, and is 0.
     """
     # A block of users is scored against all known items, and CIMA needs some of them too.
     item, _, projected = model.item_tower(ALL)                 # [n_items, d], [n_items, M, d]
@@ -345,7 +345,7 @@ def objective(model, R, users, cima_items, positives_per_block, lam=DEFAULTS["la
     if lam > 0 and len(cima_items) > 1:
         aligned = projected[cima_items]                                              # [N, M, d]
         text, image = aligned[:, 0], aligned[:, 1]
-        # Every process computes all of it, so each counts for a share of the sum.
+        # Every process computes the whole term, so each adds only a share of it to the sum.
         l1_per_item = cima(text, image, tau, reading) / run.n_processes()
     if lam < 1:
         users = users[run.my_share()]
@@ -368,11 +368,11 @@ class Training(NamedTuple):
     optimizer: torch.optim.Optimizer
     R: torch.Tensor              # CSR [n_users, n_known_items]: the training interactions
     cima_items: torch.Tensor     # int64 [N]: what CIMA trains on
-    heldout_items: torch.Tensor  # int64: left out of it to choose the epoch by, with lam 1
+    heldout_items: torch.Tensor  # int64: with lam 1, held out from CIMA to choose the epoch by
 
 
 def start_training(parts, features, args, device):
-    """Training at its beginning: the seed draws the parameters and the held-out items."""
+    """The Training before epoch 1; args.seed draws the parameters and the held-out items."""
     torch.manual_seed(args.seed)
     train, known_items = parts.train, parts.known_items()
     R = ops.sparse_tensor(train if known_items is None else train[:, known_items], device)
@@ -380,16 +380,16 @@ def start_training(parts, features, args, device):
                   device, known_items)
     print_graphs(model)
     cima_items, heldout_items = choose_cima_items(model, args)
-    # The loss is (1 - lam) / nnz times the sum of Eq. 15. A Gaussian prior of precision c on every
-    # entry w adds c / 2 w^2 to that sum: a weight decay of c (1 - lam) / nnz. (The last block may
-    # be smaller, but its step has all of the decay.)
+    # On average over blocks, the loss contains (1 - lam) / nnz times the sum of Eq. 15. A Gaussian
+    # prior of precision c on every entry w adds c / 2 w^2 to that sum. This amounts to a weight
+    # decay of c (1 - lam) / nnz. (The last block may be smaller, but its step has the full decay.)
     decay = args.weight_decay * (1 - args.lam) / train.nnz
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, weight_decay=decay, fused=True)
     return Training(model, optimizer, R, cima_items, heldout_items)
 
 
 def train_epoch(training, epoch, args):
-    """One pass over the users, in blocks: (L1 per item, L2 per positive), floats.
+    """Trains on all users once, in blocks. Returns (L1 per item, L2 per positive), floats.
 
     InputError, which names the epoch, where these are not finite.
     """
@@ -410,7 +410,7 @@ def train_epoch(training, epoch, args):
         optimizer.step()
         loss_sums += run.all_sum(torch.stack([l1, l2]).detach())
     l1_per_item = loss_sums[0].item() / len(blocks)
-    # loss_sums[1] is L2 of all users / positives_per_block; returned is L2 / nnz(R).
+    # loss_sums[1] is the L2 of all users / positives_per_block; we return this L2 / nnz(R).
     l2_per_positive = loss_sums[1].item() * positives_per_block / nnz
     if not np.isfinite(l1_per_item + l2_per_positive):
         raise run.InputError(f"the loss is not finite at epoch {epoch}; "
@@ -419,10 +419,10 @@ def train_epoch(training, epoch, args):
 
 
 def pretrain(parts, features, args, device="cpu", checkpoint=None):
-    """Trains MMCPR on parts.train: (user, item, report) of the epoch that validation chose.
+    """Trains MMCPR on parts.train. Returns (user, item, report) of the best epoch.
 
-    The epoch is chosen by Recall@20 on validation; with args.lam 1, where users stay as they
-    were drawn, by the CIMA loss of held-out items; without validation it is the last one.
+    The best epoch has the highest Recall@20 on validation. With args.lam 1, where users are not
+    trained, it has the lowest CIMA loss on held-out items. Without validation it is the last one.
     """
     started = time.time()
     checkpoint = checkpoint or run.Checkpoint()
@@ -458,10 +458,10 @@ def pretrain(parts, features, args, device="cpu", checkpoint=None):
 
 
 def record(progress, point, value, model, popularity):
-    """Notes a validation in `progress`, and the model's weights where it is the best so far."""
+    """Adds a validation to `progress`, and the model's weights if it is the best so far."""
     progress["history"].append(point)
-    # First the model learns how popular items are, and validation stands still. Patience starts
-    # when it knows more than that. (With lam 1 there is no BCE: at once.)
+    # At first the model learns how popular items are, and validation stands still. Patience starts
+    # when the model knows more than that. (With lam 1 the BCE is 0, so patience starts at once.)
     if progress["beat_popularity_at"] is None and point["bce"] < CLEARLY_BELOW * popularity:
         progress["beat_popularity_at"] = point["epoch"]
     # The epoch is chosen on validation; test is not looked at here.
@@ -471,7 +471,7 @@ def record(progress, point, value, model, popularity):
 
 
 def make_report(training, parts, user, item, progress):
-    """What is printed at the end and kept in emb.npz: of the best epoch, and its tables."""
+    """The numbers of the best epoch and its tables, printed at the end and kept in emb.npz."""
     best, model = progress["best"], training.model
     recall = best.get("recall@20")
     if recall is None and parts.valid.nnz:  # not ranked yet where CIMA alone chose the epoch
@@ -503,7 +503,7 @@ def choose_cima_items(model, args):
 
 
 def validate(training, parts, epoch, args):
-    """(the value whose largest chooses the epoch, what to report of it)."""
+    """(the value to choose the epoch by, larger is better; a dict of what to report)."""
     model = training.model
     if args.lam == 1:
         with torch.no_grad():
@@ -522,8 +522,8 @@ def validation_recall(user, item, parts):
 
 
 def out_of_patience(progress, patience):
-    """Whether `patience` epochs have passed since the later of two: the best epoch, and the first
-    whose loss was clearly better than popularity's. Never before the latter.
+    """Whether `patience` epochs have passed since the best epoch, and as many since the first
+    epoch whose loss was clearly below popularity's. Without such an epoch: False.
     """
     if progress["beat_popularity_at"] is None:
         return False
@@ -532,10 +532,10 @@ def out_of_patience(progress, patience):
 
 
 def popularity_loss(R):
-    """L2 per positive of the best score that knows how popular items are, and nothing else.
+    """L2 per positive of the best score that knows only how popular items are.
 
-    That score gives every user the probability p_i = deg(i) / n_users, so that the loss is
-    -n_users sum_i (p_i log p_i + (1 - p_i) log(1 - p_i)), over the number of positives.
+    That score gives item i the probability p_i = deg(i) / n_users for every user. Its loss is
+    -n_users sum_i (p_i log p_i + (1 - p_i) log(1 - p_i)), divided by the number of positives.
     """
     n_users = R.shape[0]
     p = np.asarray(R.sum(0), np.float64).ravel() / n_users
@@ -558,9 +558,9 @@ def alignment(model, items):
     ranks, chunk = [], 1024
     for start in range(0, n, chunk):
         s = text[start:start + chunk] @ image.T                                         # [c, n]
-        # Row 0 is text `start`, whose image is in that column.
+        # Row 0 of s is text number `start`, and its own image is in column `start`.
         true_score = s.diagonal(start)[:, None]
-        # Ties count against a pair: where all vectors are one, nothing is found.
+        # Ties count against the true pair: vectors that are all equal must not count as found.
         ranks.append((s >= true_score).sum(1) - 1)
     found = (torch.cat(ranks) < 10).double().mean().item()
     # sum_pq text_p . image_q = (sum_p text_p) . (sum_q image_q)
@@ -612,12 +612,12 @@ def print_report(report):
 
 
 def is_dead(state):
-    """Whether a modality, of Tower.state, says next to nothing."""
+    """Whether a modality says next to nothing; state: its entry in Tower.state()."""
     return min(state["attention"], state["variance"]) < DEAD
 
 
 def print_modalities(side, modalities):
-    """One line of a side's modalities, and one for each that says nothing."""
+    """Prints one line about a side's modalities, and one more for each dead modality."""
     texts = []
     for name, state in modalities.items():
         texts.append(f"{name} {state['attention']:.3f} (cut {state['cut']:.2f}, "
@@ -695,7 +695,7 @@ def pretrain_and_save(args):
     if "R" in features:
         features["R"] = pool_reviews(features["R"], dataset.users, dataset.n_users,
                                      parts.in_train)
-    # Their features are made: the texts need not stay in memory.
+    # The features are made by now, so the contents need not stay in memory.
     dataset.texts = dataset.images = dataset.reviews = None
 
     options = data.training_options(args)
@@ -706,7 +706,7 @@ def pretrain_and_save(args):
                     "torch": torch.__version__}
         meta = {"method": "MMCPR", "data": data_options, "options": options, "report": report,
                 "versions": versions}
-        # Printed first: a full disk must not take the numbers too.
+        # Printed before writing, so that a full disk does not lose the numbers too.
         print_report(report)
         if run.is_main_process():
             with checkpoint.kept_if_writing_fails():

@@ -1,8 +1,8 @@
 """What makes both scripts fast: each operator right under its plain definition.
 
-A plain definition says what is computed, in a few lines; the fast one computes the same. The
-tests compare exactly these pairs, values and gradients, and paper/bench.py times most. To
-understand the method the plain ones are enough. Letters mean what their section says.
+A plain definition says in a few lines what is computed; the fast operator computes the same. The
+plain definitions are enough to understand the method. The tests compare exactly these pairs, in
+values and gradients; paper/bench.py times most of them. Each section says what its letters mean.
 
     plain                    fast
     sparse_product_plain     sparse_product       a sparse matrix times a table of vectors
@@ -25,7 +25,7 @@ import torch.nn.functional as F
 
 def sparse_tensor(matrix, device="cpu", dtype=torch.float32):
     """A scipy CSR matrix as a torch CSR tensor."""
-    # Half the memory of 64 bits, which are taken where 32 could not count the entries.
+    # 32 bits take half the memory. 64 are used only where 32 cannot count the entries.
     index = np.int32 if matrix.nnz < 1 << 31 else np.int64
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch calls its CSR layout beta
@@ -41,10 +41,10 @@ def sparse_product_plain(matrix, x):
 
 
 def sparse_product(matrix, x):
-    """The same, on a CPU in a third of the time; on a GPU cuSPARSE's product is the one taken.
+    """The same, in a third of the time on a CPU; a GPU uses the plain product, by cuSPARSE.
 
-    Row i of the product is the weighted sum of those rows of x that row i of the matrix has
-    entries for: what embedding_bag computes for a bag of rows.
+    Row i of the product is a weighted sum of rows of x. Row i of the matrix says which rows and
+    with which weights. embedding_bag computes just that for each bag of rows.
     """
     if x.is_cuda:
         return sparse_product_plain(matrix, x)
@@ -76,12 +76,12 @@ def neighbour_mean_plain(A, x):
 
 
 class CoInteraction(NamedTuple):
-    """A, or what stands for it: R and E with A x = R (R^T x) - E x.
+    """The graph, either as A or as R and E with A x = R (R^T x) - E x.
 
-    Written out, A has up to sum_i deg(i)^2 entries, far more than R. But C = R R^T counts
-    what each two rows share, so A = C - E with the excess
+    Written out, A has up to sum_i deg(i)^2 entries, far more than R. But C = R R^T counts the
+    columns that each two rows share, so A = C - E with the excess
         E_ab = C_ab - 1 where C_ab >= 2 (a != b),    E_aa = C_aa.
-    C x = R (R^T x) is two thin products, and E holds only the diagonal and the pairs that
+    C x = R (R^T x) takes two products with R, and E holds only the diagonal and the pairs that
     share two or more. The form with fewer entries is kept: R and E, or A where data is dense.
     """
     n_neighbours: np.ndarray  # float32 [n]
@@ -93,23 +93,23 @@ class CoInteraction(NamedTuple):
 def build_co_interaction(R, storage="auto", block_entries=1 << 24):
     """CoInteraction of a binary CSR matrix R [n, m].
 
-    storage: "auto" chooses by count, "A" and "RE" force one.
+    storage: "auto" keeps the form with fewer entries; "A" or "RE" forces that form.
     """
     R = sp.csr_matrix(R, dtype=np.float32)
     E_blocks, n_neighbours = [], np.zeros(R.shape[0], np.int64)
     for C, row in shared_counts(R, block_entries):
         is_edge = C.indices != row
         n_neighbours += np.bincount(row[is_edge], minlength=R.shape[0])
-        # C becomes E in place: one less off the diagonal.
+        # C becomes E in place: every entry off the diagonal is reduced by 1.
         C.data -= is_edge
-        C.eliminate_zeros()  # pairs that share one column
+        C.eliminate_zeros()  # removes the pairs that share one column only
         E_blocks.append(C)
     n_neighbours = n_neighbours.astype(np.float32)
     E = stack_blocks(E_blocks)
     n_edges = n_neighbours.sum(dtype=np.float64)
     if storage == "RE" or (storage == "auto" and 2 * R.nnz + E.nnz < n_edges):
         return CoInteraction(n_neighbours, R, E, None)
-    # A second pass: where R and E are kept, A has never been in memory.
+    # A is built in a second pass, so that it is never in memory where R and E are kept.
     A_blocks = []
     for C, row in shared_counts(R, block_entries):
         C.data[:] = C.indices != row
@@ -121,15 +121,15 @@ def build_co_interaction(R, storage="auto", block_entries=1 << 24):
 def shared_counts(R, block_entries):
     """Yields C = R R^T in blocks of rows: (CSR [c, n], int64 [nnz]: the row a of each entry).
 
-    A block is as many rows as take about block_entries multiplications: C is never whole in
-    memory.
+    A block has as many rows as take about block_entries multiplications, so that C is never in
+    memory as a whole.
     """
     n, Rt = R.shape[0], R.T.tocsr()
     multiplications = R @ np.diff(Rt.indptr)
-    done = np.cumsum(np.append(0, multiplications))  # before each row
+    done = np.cumsum(np.append(0, multiplications))  # multiplications before each row
     start = 0
     while start < n:
-        # The last row that still fits; one row at least.
+        # `end` is one past the last row that still fits; a block has at least one row.
         end = np.searchsorted(done, done[start] + block_entries, side="right") - 1
         end = int(min(n, max(end, start + 1)))
         C = R[start:end] @ Rt
@@ -168,7 +168,7 @@ class CoInteractionGraph:
     def __init__(self, R, device="cpu", dtype=torch.float32, storage="auto"):
         graph = build_co_interaction(R, storage)
         degree = torch.from_numpy(graph.n_neighbours).to(device, dtype)[:, None]       # [n, 1]
-        # An isolated node gets 0 from its neighbours.
+        # Where a node has no neighbours the mean is 0.
         self.inverse_degree = torch.where(degree > 0, 1 / degree, 0)
         self.n_edges = int(graph.n_neighbours.sum(dtype=np.float64))
         self.A = None
@@ -198,12 +198,12 @@ def row_entries(R, users):
     """Where the entries of the block R[users] are: (rows, cols), int64 [nnz] each.
 
     The same as the rows and columns of a SciPy matrix's R[users].tocoo(). R: CSR tensor [n_users,
-    n_items], users int64 [B]; rows are places in `users`. All stays on the device of R.
+    n_items], users int64 [B]; rows are positions in `users`. Everything is on the device of R.
     """
     start = R.crow_indices()[users].long()                                                # [B]
     n_entries = R.crow_indices()[users + 1].long() - start
     rows = torch.arange(len(users), device=users.device).repeat_interleave(n_entries)
-    # Entry k of the block is number k - block_start of its row, which begins at start in R.
+    # Entry k of the block is entry k - block_start of its row. That row begins at start in R.
     block_start = n_entries.cumsum(0) - n_entries
     k = torch.arange(len(rows), device=users.device)
     entry = k - block_start[rows] + start[rows]
@@ -214,7 +214,7 @@ def bce_plain(user, item, bias, rows, cols):
     """-sum R log(sigma(s)) + (1 - R) log(1 - sigma(s)) with s = user . item + bias.
 
     user [B, d], item [n_items, d], bias [n_items]; R [B, n_items] is 1 at (rows, cols), int64
-    [nnz] each, which row_entries gives.
+    [nnz] each, as row_entries returns them.
     """
     scores = user @ item.T + bias                                                # [B, n_items]
     target = torch.zeros_like(scores)
@@ -224,7 +224,7 @@ def bce_plain(user, item, bias, rows, cols):
 
 def bce(user, item, bias, rows, cols):
     """The same, with at most chunk_scores of the [B, n_items] scores at a time."""
-    # On a CPU a chunk of scores stays in its cache; a GPU wants few, large pieces, 256 MB each.
+    # On a CPU a chunk should fit in the cache. A GPU is faster with few, large chunks (256 MB).
     chunk_scores = 1 << 26 if user.is_cuda else 1 << 21
     return BlockBCE.apply(user, item, bias, rows, cols, chunk_scores)
 
@@ -232,9 +232,9 @@ def bce(user, item, bias, rows, cols):
 class BlockBCE(torch.autograd.Function):
     """Eq. 15 as sum softplus(s) - sum_positives s.
 
-    Its derivative by s is sigma(s) - R. So forward scores a chunk of items at a time, adds up
-    the gradients of all three inputs there and then, and forgets the scores; backward has only
-    to hand the gradients over.
+    Its derivative with respect to s is sigma(s) - R. So forward scores one chunk of items at a
+    time, adds the chunk's part to the gradients of all three inputs, and drops the scores.
+    backward only multiplies these gradients by the incoming one.
     """
 
     @staticmethod
@@ -252,7 +252,7 @@ class BlockBCE(torch.autograd.Function):
             s = torch.addmm(bias[chunk], user, item[chunk].T)                          # [B, c]
             p = s.sigmoid()
             # softplus(s) = max(s, 0) - log max(p, 1 - p), and max(p, 1 - p) = |p - .5| + .5.
-            # In a seventh of F.softplus's time on a CPU, to 6e-8 a score.
+            # This takes a seventh of F.softplus's time on a CPU and is exact to 6e-8 a score.
             total += s.clamp_(min=0).sum() - (p - 0.5).abs_().add_(0.5).log_().sum()
             grad_user.addmm_(p, item[chunk])
             grad_item[chunk].addmm_(p.T, user)
@@ -295,18 +295,18 @@ def layer_rows_plain(E0, A_hat, n_layers, rows):
 
 
 def layer_rows(E0, A_hat, layers, rows):
-    """The same, given the computed layers: a list of L+1 tables [n, d]; A_hat CSR.
+    """The same rows, from layers that are already computed: L+1 tables [n, d]; A_hat CSR.
 
-    E0 is what the gradient goes to; A_hat is symmetric.
+    The gradient goes to E0. A_hat must be symmetric.
     """
     return LayerRows.apply(E0, A_hat, layers, rows)
 
 
 class LayerRows(torch.autograd.Function):
-    """With G_l the gradient of layer l's rows, E0's is G_0 + A_hat (G_1 + A_hat (G_2 + ...)).
+    """With G_l the gradient at layer l's rows, E0's is G_0 + A_hat (G_1 + A_hat (G_2 + ...)).
 
-    Horner's rule: one product a layer and one table, where autograd would fill and add up a
-    table for every layer.
+    This is Horner's rule. It takes one product per layer and a single table. Autograd would fill
+    a table for every layer and add them up.
     """
 
     @staticmethod
@@ -328,10 +328,10 @@ class LayerRows(torch.autograd.Function):
 # --- MixGCF's hop mixing ------------------------------------------------------------------
 
 def hard_negatives_plain(layers, users, pos_items, candidates, mix):
-    """Mixes every candidate with the positive and takes, per layer, the one that scores highest.
+    """Mixes each candidate with the positive; in each layer takes the one that scores highest.
 
-    layers: L+1 tables [n, d], of which users, pos_items [B] and candidates [B, M] are rows;
-    mix [L+1, B], the share of the positive. Returns rows, int64 [L+1, B].
+    layers: L+1 tables [n, d]. users, pos_items [B] and candidates [B, M] are row numbers.
+    mix [L+1, B] is the share of the positive. Returns row numbers, int64 [L+1, B].
     """
     query = torch.stack([layer[users] for layer in layers]).mean(0)                    # [B, d]
     picked = []
@@ -347,8 +347,8 @@ def hard_negatives_plain(layers, users, pos_items, candidates, mix):
 def hard_negatives(layers, users, candidates):
     """The same rows, without mixing.
 
-    All candidates of a sample share one mix, and 1 - mix is above 0: the arg-max over mixed
-    candidates is the arg-max over the candidates as they are.
+    In a layer all candidates of a sample share one mix and one positive, and 1 - mix is above 0.
+    So the arg-max over the mixed candidates is the arg-max over the candidates as they are.
     """
     query = torch.stack([layer[users] for layer in layers]).mean(0)                    # [B, d]
     picked = []
@@ -363,9 +363,9 @@ def candidate_scores(query, table, candidates):
     B, M = candidates.shape
     if query.is_cuda or len(table) < M:
         return (table[candidates] @ query[:, :, None])[:, :, 0]
-    # On a CPU as query @ table.T at the candidates' places only: no [B, M, d] is gathered. A row
-    # of torch's sparse matrix has at most as many entries as columns, hence the test above, and
-    # none twice, but candidates may be: so its check is off.
+    # On a CPU query @ table.T is computed at the candidates' places only: no [B, M, d] is gathered.
+    # In torch a row of a sparse matrix has at most as many entries as columns, hence the test
+    # above. Its entries must be sorted and distinct. Candidates need not be, so the check is off.
     row_starts = torch.arange(0, B * M + 1, M, dtype=torch.int32)
     places = torch.sparse_csr_tensor(
         row_starts, candidates.flatten().int(), query.new_zeros(B * M), (B, len(table)),
@@ -377,7 +377,7 @@ def candidate_scores(query, table, candidates):
 # --- Negative items -----------------------------------------------------------------------
 
 def sample_negatives_plain(train, users, m, rng):
-    """For each user m items, each drawn until it is none of the user's training items."""
+    """m items for each user, each drawn until it is not one of the user's training items."""
     n_items = train.shape[1]
     drawn = np.empty((len(users), m), np.int64)
     for row, user in enumerate(users):
@@ -393,14 +393,14 @@ def sample_negatives_plain(train, users, m, rng):
 class NegativeSampler:
     """The same for all users at once.
 
-    A pair is the number u * n_items + i. A drawn pair is a training interaction where binary
-    search finds its number among the sorted ones of training.
+    The pair (u, i) has the number u * n_items + i. A drawn pair is a training interaction if
+    binary search finds its number among the sorted numbers of the training interactions.
     """
 
     def __init__(self, train, device="cpu", items=None):
         """train: CSR [n_users, n_items] with sorted indices; device: where it draws.
 
-        items: int64, sorted, the only ones that are drawn; None: all.
+        items: int64, sorted; only these items are drawn. None: all are.
         """
         self.items = None
         if items is not None:
@@ -410,7 +410,7 @@ class NegativeSampler:
         pairs = train.tocoo()
         keys = pairs.row.astype(np.int64) * self.n_items + pairs.col
         self.keys = torch.from_numpy(keys).to(device)
-        # A user with all items has no negative: any item will do.
+        # A user who has every item has no negative, and may be given any item.
         has_all = np.diff(train.indptr) == self.n_items
         self.has_all = torch.from_numpy(has_all).to(device)
 
