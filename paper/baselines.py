@@ -47,9 +47,9 @@ import mmcpr
 import ops
 
 METHODS = ("popular", "constant", "clip", "mmgcn", "gptgnn", "graphbert", "pmgt", "gcnp")
-CONTENT_FREE = METHODS[:2]  # what reads interactions alone, and learns nothing
-UNTRAINED = METHODS[:3]     # what learns nothing
-N_HEADS = {"gptgnn": 4, "graphbert": 2, "pmgt": 2}  # of attention, where a method has it
+CONTENT_FREE = METHODS[:2]  # methods that read no features and learn nothing
+UNTRAINED = METHODS[:3]     # methods that learn nothing
+N_HEADS = {"gptgnn": 4, "graphbert": 2, "pmgt": 2}  # attention heads of the methods that have any
 
 
 # --- What several methods share -----------------------------------------------------------
@@ -99,7 +99,7 @@ def item_graph(train, cap, block=4096):
         b = n_shared.col[is_edge]
         c = n_shared.data[is_edge]
         w = (np.log(c) + 1) / (np.log(np.sqrt(degree[a] * degree[b])) + 1)
-        # Item by item, heaviest edge in front; of equal weights the lower index.
+        # Item by item, the heaviest edge first; of equal weights the lower index first.
         order = np.lexsort((b, -w, a))
         n_edges = np.bincount(a, minlength=n_items)
         begin = np.cumsum(n_edges) - n_edges
@@ -114,7 +114,7 @@ def item_graph(train, cap, block=4096):
 
 
 def undirected(graph):
-    """An edge that one of its two items has kept counts for both."""
+    """Makes a graph symmetric: an edge that either of its two items has kept counts for both."""
     return graph.maximum(graph.T).tocsr()
 
 
@@ -135,13 +135,13 @@ def draw_columns(matrix, rows):
     position = begin + (torch.rand(len(rows)) * (end - begin)).long()
     has_any = end > begin
     columns = torch.zeros(len(rows), dtype=torch.int64)
-    # An empty row's position is the next row's: it must not be read.
+    # The position drawn for an empty row lies in the next row: it must not be read.
     columns[has_any] = torch.from_numpy(matrix.indices[position[has_any].numpy()]).long()
     return columns, has_any
 
 
 def are_neighbours(Rt, a, b):
-    """Which items share a training user: neighbours in G_i, and an item and itself.
+    """Whether two items share a training user, as neighbours in G_i do, and an item with itself.
 
     Rt: CSR [n_items, n_users]; a int64 [n_a], b int64 [n_b] -> bool [n_a, n_b].
     """
@@ -163,7 +163,7 @@ class ItemMethod(nn.Module):
 class InteractionMethod(nn.Module):
     """A method of users and items: an epoch is one pass over the training interactions.
 
-    A batch, int64 [b], holds numbers of interactions.
+    A batch, int64 [b], holds the indices of interactions.
     """
 
     def __init__(self, train, batch):
@@ -178,7 +178,7 @@ class InteractionMethod(nn.Module):
         return torch.randperm(len(self.train_users)).split(self.batch)
 
     def draw(self, batch):
-        """(users, their items, as many drawn items that they do not have), int64 [b] each."""
+        """(users, their items, one drawn item each that they do not have), int64 [b] each."""
         users = self.train_users[batch]
         return users, self.train_items[batch], self.sample_negatives(users, 1)[:, 0]
 
@@ -186,9 +186,9 @@ class InteractionMethod(nn.Module):
 # --- What learns nothing ------------------------------------------------------------------
 
 def popular(train, dim):
-    """Tables whose scores are the items' training interactions, for every user: (user, item).
+    """(user, item): for every user an item's score is its number of training interactions.
 
-    No start to train from, but the ranking by popularity, which any system should beat:
+    This is no start to train from. It is the ranking by popularity, which any system should beat:
     finetune.py --layers 0 --epochs 0 tests the tables as they are.
     """
     user, item = finetune.popularity(train)
@@ -198,8 +198,8 @@ def popular(train, dim):
 def constant(train, dim):
     """One random unit vector for every item, [n_items, dim]: a control that knows nothing.
 
-    What a pre-trained table has and a random one lacks is a common direction, along which
-    fine-tuning can say how popular an item is. This start has that and nothing else.
+    A pre-trained table has a common direction, which a random one lacks. Along it fine-tuning can
+    express how popular an item is. This start has that direction and nothing else.
     """
     vector = F.normalize(torch.randn(dim), dim=0)
     return vector.repeat(train.shape[1], 1)
@@ -208,9 +208,9 @@ def constant(train, dim):
 def clip(views, same_space, dim):
     """Item vectors without any learning, float32 [n_items, dim]; views: of text and image.
 
-    The mean of text and image where they share a space (CLIP: Radford et al., ICML 2021), over
-    what the item has; else the two side by side. Centred, then PCA. An item with neither stays
-    0; where there are fewer than dim columns, the other columns are 0.
+    Where text and image share a space (CLIP: Radford et al., ICML 2021), x is the mean of those
+    that the item has; else x has the two side by side. x is centred, then reduced by PCA. An item
+    with neither stays 0. Where x has fewer than dim columns, the other columns are 0.
     """
     n_views = sum(has_view(view).float() for view in views)                    # [n, 1]
     if same_space:
@@ -240,10 +240,10 @@ class MMGCN(InteractionMethod):
     All modalities share id. The representation is the sum over modalities. BPR, one uniform
     negative.
 
-    Where paper and authors' code differ: the sum is the paper's (the code takes the mean); id
-    and preferences are trained, as the paper means (in the code they are plain tensors that
-    Adam never sees). Every modality goes through a linear layer of its own width, at most 256
-    (the authors': only the visual one, of 256).
+    Where the paper and the authors' code differ, this follows the paper: it sums over modalities
+    (the code takes the mean), and it trains id and preferences (in the code they are plain
+    tensors that Adam never sees). Ours: every modality goes through a linear layer as wide as its
+    features, but at most 256 (theirs: only the visual one, 256 wide).
     """
 
     def __init__(self, train, views, dim, batch, n_layers=3, width=256, reg=1e-5):
@@ -300,7 +300,7 @@ class MMGCN(InteractionMethod):
         user, item = self()
         gap = (user[users] * (item[neg_items] - item[pos_items])).sum(1)
         bpr = F.softplus(gap).mean()
-        # The penalty is on the trained tables, not on what they become.
+        # The penalty is on the trained tables, not on the vectors that forward makes of them.
         id_user = self.id[users].square()
         id_item = self.id[self.n_users + pos_items].square()
         id_size = (id_user + id_item).mean()
@@ -341,12 +341,12 @@ class HGTLayer(nn.Module):
     def forward(self, h, sender, receiver):
         """h [n, d]; edge e carries a message from node sender[e] to node receiver[e]."""
         q = self.split_heads(self.q(h))                                        # [n, H, d/H]
-        # A and M are one matrix per head: with more types of edges, one per type.
+        # A and M have one matrix per head; with several types of edges each type has its own.
         k = torch.einsum("nhd,hde->nhe", self.split_heads(self.k(h)), self.A)
         v = torch.einsum("nhd,hde->nhe", self.split_heads(self.v(h)), self.M)
         score = (q[receiver] * k[sender]).sum(2) * self.p / q.shape[2] ** 0.5  # [e, H]
-        # The softmax over a node's incoming edges. Its largest score is taken off, so that exp
-        # does not overflow.
+        # The softmax over a node's incoming edges. Their largest score is subtracted, so that
+        # exp does not overflow.
         index = receiver[:, None].expand_as(score)
         highest = torch.full((len(h), self.n_heads), -torch.inf)
         highest = highest.scatter_reduce(0, index, score.detach(), "amax")     # [n, H]
@@ -355,31 +355,31 @@ class HGTLayer(nn.Module):
         attention = weight / total[receiver]                                   # [e, H]
         message = attention[:, :, None] * v[sender]                            # [e, H, d/H]
         o = torch.zeros_like(q).index_add(0, receiver, message).flatten(1)     # [n, d]
-        # A gate, trained, between what was received and what the node was. It replaces self-loops.
+        # A trained gate mixes what a node receives with what it was. It replaces self-loops.
         s = torch.sigmoid(self.skip)
         return s * self.out(F.gelu(o)) + (1 - s) * h
 
 
 class GPTGNN(ItemMethod):
-    """Generative pre-training on the item graph: attributes and held-out edges of a node.
+    """Generative pre-training on the item graph: generates a node's attributes and held-out edges.
 
-    Of the edges at a batch's targets half are held out.
+    Half of the edges at a batch's targets are held out.
 
-    Attributes: a copy of every target, its input one learned vector, receives from the target's
-    observed neighbours and sends nothing. From its output the attributes are generated:
+    Attributes: every target has a copy, whose input is one learned vector. The copy receives from
+    the target's observed neighbours and sends nothing. Its output generates the attributes:
         L_attr = -cosine / 0.1
-    Edges: the target itself keeps its attributes. Against it each held-out neighbour must score
-    above negatives, 255 items drawn from the step's and a queue of the 256 drawn last in the steps
-    before, in epoch e the e / 20 of it that are newest and from the 20th on all:
+    Edges: the target itself keeps its attributes. Each of its held-out neighbours must score
+    above negatives. These are 255 items drawn from the step's and a queue of the 256 that were
+    drawn last in earlier steps. Epoch e uses the newest e / 20 of the queue, from the 20th on all:
         L_edge = -log softmax(cosine / 0.1)
-    No negative of a target shares a training user with it, whichever edges were kept.
-    L = (L_edge + L_attr) / 2. Both see directions alone, so unit rows are handed over.
+    An item that shares a training user with the target is no negative, even if their edge was not
+    kept. L = (L_edge + L_attr) / 2. Both see directions alone, so unit rows are handed over.
 
-    Not as the authors: each item's 16 heaviest edges; the nodes of a step are the targets and
-    `fan` drawn neighbours of each, not depth-6 HGSampling; the negatives and the queue are shared
-    by all targets of a step, and a target whose neighbours are all of them adds 0 to L_edge; where
-    one batch holds all items 20 epochs are 20 steps (theirs have 256 targets each); four heads; no
-    learning rate cycle, no clipping.
+    Not as the authors: each item keeps its 16 heaviest edges; the nodes of a step are the targets
+    and `fan` drawn neighbours of each, not depth-6 HGSampling; all targets of a step share the
+    negatives and the queue, and a target that has all of these as neighbours adds 0 to L_edge;
+    where one batch holds all items, 20 epochs are 20 steps (theirs have 256 targets each); four
+    heads; no learning rate cycle, no clipping.
     """
 
     def __init__(self, train, x, dim, batch, n_layers=3, n_heads=N_HEADS["gptgnn"], cap=16,
@@ -390,7 +390,7 @@ class GPTGNN(ItemMethod):
         self.x, self.fan, self.queue_size, self.epoch = x, fan, queue_size, 0
         self.project = nn.Linear(x.shape[1], dim)
         self.drop = nn.Dropout(dropout)
-        # What stands for the attributes that a copy must generate; it starts at their mean.
+        # A copy's input, in place of the attributes it must generate; it starts at their mean.
         self.copy_input = nn.Parameter(x.mean(0))
         self.layers = nn.ModuleList()
         for _ in range(n_layers):
@@ -412,12 +412,12 @@ class GPTGNN(ItemMethod):
         return super().batches()
 
     def draw_subgraph(self, targets):
-        """(nodes, sender, receiver), int64: the targets lead, edges count from the nodes."""
+        """(nodes, sender, receiver), int64: the targets come first; edges are places in nodes."""
         drawn = []
         for _ in range(self.fan):
             columns, has_any = draw_columns(self.graph, targets)
             drawn.append(columns[has_any])
-        # A target that another one drew is in the step already.
+        # A drawn neighbour that is a target itself is among the nodes already.
         others = np.setdiff1d(torch.cat(drawn).numpy(), targets.numpy())
         nodes = torch.cat([targets, torch.from_numpy(others)])
         sender, receiver = edge_list(self.graph[nodes.numpy()][:, nodes.numpy()])
@@ -438,7 +438,7 @@ class GPTGNN(ItemMethod):
         nodes, sender, receiver = self.draw_subgraph(targets)
         n, b = len(nodes), len(targets)
         is_held_out = self.hold_out(sender, receiver, n, b)
-        # What the encoder may see: the observed edges, and those at targets once more, as
+        # The encoder sees the observed edges only. Those into targets are there once more, as
         # edges into the targets' copies. A copy's number is its target's plus n.
         s, r = sender[~is_held_out], receiver[~is_held_out]
         to_copy = r < b
@@ -460,7 +460,7 @@ class GPTGNN(ItemMethod):
         return -F.cosine_similarity(generated, self.x[targets], dim=1).mean() / 0.1
 
     def edge_loss(self, h, nodes, sender, receiver, b):
-        """h [n, dim], nodes int64 [n]: the step's items, of which the b targets lead.
+        """h [n, dim], nodes int64 [n]: the step's items, the b targets first.
 
         sender, receiver int64 [e]: the held-out edges, from a node to a target.
         """
@@ -504,7 +504,7 @@ def intimacy(graph, k, alpha=0.15, n_steps=20, block=512):
         p = e
         for _ in range(n_steps):
             p = alpha * e + (1 - alpha) * graph.inverse_degree * graph.adjacency(p)  # [n, b]
-        # An item is not in its own context, but where it reaches no other item.
+        # An item stands in its own context only in places for which it reaches no other item.
         p[rows, rows - start] = -1
         top = p.T.topk(k)
         indices.append(torch.where(top.values > 0, top.indices, rows[:, None]))
@@ -518,24 +518,24 @@ def sinusoid(code, dim):
     return torch.stack([angle.sin(), angle.cos()], -1).flatten(-2)[..., :dim]
 
 
-CODE_RMS = 0.02  # of each of a token's codes
+CODE_RMS = 0.02  # the root mean square of each of a token's codes
 
 
 class GraphBERT(ItemMethod):
     """A transformer over linkless subgraphs: an item and the k items most intimate with it.
 
     A token is W x plus the sinusoids of three codes: its Weisfeiler-Lehman role, its rank by
-    intimacy (the item itself: 0) and its hops. Each sinusoid is brought to a root mean square of
-    .02, the scale at which the tables that the authors' code learns in their place start: at
-    their own, .71, they drown the contents. Every layer adds the residual W_r x_i of the item
-    ("raw"). z_i is the mean over the tokens. Two losses:
+    intimacy (the item itself: 0) and its hops. Each sinusoid is scaled to a root mean square of
+    .02. (The authors' code learns tables in their place, which start at that scale.) At their own
+    scale, .71, the sinusoids drown the contents. Every layer adds the residual W_r x_i of the
+    item ("raw"). z_i is the mean over the tokens. Two losses:
         the item's features, from z_i                squared error
         structure                                    (cos(z_i, z_j) - S_ij)^2
-    S's entries are tiny and a random pair's is 0, so S is scaled to 1 in each row, and each item
-    is compared with one drawn context item and one random item.
+    S's entries are tiny, so each row of S is scaled to a largest entry of 1. Each item is compared
+    with one drawn context item and one random item, whose S_ij counts as 0.
 
-    The role is the colour after one refinement, the degree: in graphs this dense the next one
-    tells all items apart. Hops are 0, 1, and 2 for anything farther. Not as the authors: the
+    The role is the colour after one refinement, the degree: in graphs this dense a second one
+    would tell all items apart. Hops are 0, 1, and 2 for anything farther. Not as the authors: the
     residual is there in pre-training too, dropout is 0.3 throughout (theirs: 0.5 outside of
     attention), batches instead of all items at once.
     """
@@ -569,7 +569,7 @@ class GraphBERT(ItemMethod):
         hops = torch.zeros_like(self.tokens)
         for place in range(1, self.tokens.shape[1]):
             other = self.tokens[:, place]
-            # Items that share a user are neighbours; who is not one is farther than one hop.
+            # Items that share a user are neighbours; any other is farther than one hop.
             n_shared = np.asarray(R.multiply(R[other.numpy()]).sum(1)).ravel()
             hops[:, place] = torch.from_numpy(np.where(n_shared > 0, 1, 2))
         hops[self.tokens == self.tokens[:, :1]] = 0
@@ -598,10 +598,10 @@ class GraphBERT(ItemMethod):
         shift = torch.randint(1, self.n_items, (len(rows),))
         far = (rows + shift) % self.n_items
         z, z_near, z_far = self.encode(torch.cat([rows, near, far])).chunk(3)
-        # Features that the item does not have count for nothing, by the mask.
+        # The mask leaves out the features that an item does not have.
         error = (self.attribute(z) - self.x[rows]).square() * self.mask[rows]
         attributes = error.sum(1).mean()
-        # An item that reaches fewer than k others has no pair in the other places.
+        # Where an item reaches fewer than k others, it fills the other places itself: no pair.
         is_pair = near != rows
         # Near pairs should be as similar as they are intimate, random ones not at all.
         gap = F.cosine_similarity(z, z_near) - self.closeness[rows, place]
@@ -702,8 +702,8 @@ class DiverseLayer(nn.Module):
         q = self.split_heads(self.q(h))
         k = self.split_heads(self.k(h))
         e = F.normalize(self.split_heads(self.e(h)), dim=3)
-        # Standard attention, and the opposite, which is large where tokens differ. From itself a
-        # token differs by 0; adding I makes that 1.
+        # Standard attention, and its opposite, which is large where tokens differ. A token
+        # differs from itself by 0; adding I makes that 1.
         alike = q @ k.transpose(2, 3) / q.shape[3] ** 0.5
         unlike = 1 - e @ e.transpose(2, 3) + torch.eye(h.shape[1])
         return (1 - self.beta) * alike.softmax(3) + self.beta * unlike.softmax(3)
@@ -719,20 +719,20 @@ class PMGT(ItemMethod):
     """Pre-training graph transformer: an item and its sampled context, in order of score.
 
     A token is the gated sum of the item's projected modalities, g = softmax(W tanh([m1 || m2])),
-    plus position and role. The vector of an item is a linear map of its own token's output. Two
-    losses: binary cross-entropy of its cosine to a drawn neighbour (1) and to a random item (0);
-    and the raw features of masked context items from their tokens' outputs. 20 % are masked; of
-    these 80 % become the mask vector, 10 % another item.
+    plus position and role. The vector of an item is a linear map of its own token's output. The
+    first loss is the binary cross-entropy of its cosine to a drawn neighbour (label 1) and to a
+    random item (label 0). The second predicts the input features of masked context items from
+    their tokens' outputs. 20 % are masked; of these 80 % become the mask vector, 10 % another item.
 
     Positions and roles start from N(0, .01), so that they do not drown the contents; projections
-    and gate start Xavier-uniform, their biases 0. Both are the authors'.
+    and gate start Xavier-uniform, their biases at 0. Both choices are the authors'.
 
     Not as the authors: the other linear maps start as torch has them (theirs: N(0, .01)); the
-    graph is MMCPR's G_i, each item's 64 heaviest edges, not those of three shared users or more;
-    an item is not in its own context; the mask vector is learned; masked contexts are the
-    targets'; the features are unit rows, their squared errors summed over the columns (theirs: the
-    raw features, the mean); no warm-up, no falling rate, no clipping. The first loss is the
-    paper's, on cosines alone (the code stacks norms too).
+    graph is MMCPR's G_i, with each item's 64 heaviest edges (theirs: edges of three shared users
+    or more); an item is not in its own context; the mask vector is learned; only the contexts of
+    the batch's own items are masked; the features are unit rows, and their squared errors are
+    summed over the columns (theirs: raw features, the mean); no warm-up, no falling rate, no
+    clipping. The first loss is the paper's, on cosines alone (their code stacks norms too).
     """
 
     def __init__(self, train, views, dim, batch, n_layers=2, n_heads=N_HEADS["pmgt"], beta=0.2,
@@ -756,7 +756,7 @@ class PMGT(ItemMethod):
             nn.init.zeros_(linear.bias)
         self.mask_vector = nn.Parameter(0.01 * torch.randn(dim))
         self.position = nn.Parameter(0.01 * torch.randn(k + 1, dim))
-        # Of the item itself, of its context.
+        # Row 0 is for the item itself, row 1 for its context.
         self.role = nn.Parameter(0.01 * torch.randn(2, dim))
         self.norm = nn.LayerNorm(dim)
         self.layers = nn.ModuleList()
@@ -775,7 +775,8 @@ class PMGT(ItemMethod):
             projected.append(W(view[items]))
         m = torch.stack(projected, 1)                                          # [u, M, dim]
         logits = self.gate(torch.tanh(m.flatten(1)))                           # [u, M]
-        # A missing modality has no gate; an item with none at all has no gate either.
+        # A missing modality gets gate 0. Where all are missing no logit is masked, as a softmax
+        # over -inf alone is NaN; the product makes these gates 0.
         present = self.present[items]
         hidden = ~present & present.any(-1, keepdim=True)
         g = logits.masked_fill(hidden, -torch.inf).softmax(-1) * present
@@ -800,11 +801,11 @@ class PMGT(ItemMethod):
         return self.transform(self.fuse(items)), items
 
     def encode_masked(self, rows):
-        """The same with masked context items, and which: bool [b, k+1]."""
+        """The same with some context items masked, and which these are: bool [b, k+1]."""
         items = self.context_of(rows)
         n_masked = max(1, round(self.masked_share * self.k))
         is_masked = torch.zeros_like(items, dtype=torch.bool)
-        # As many of each context as should be, at random places, but never the item itself.
+        # n_masked items of each context, at random places, but never the item itself.
         is_masked[:, 1:] = torch.rand(len(rows), self.k).argsort(1) < n_masked
         dice = torch.rand(items.shape)
         # Of ten masked items eight become the mask vector, one another item, one stays.
@@ -823,7 +824,7 @@ class PMGT(ItemMethod):
         return self.structure_loss(rows) + self.feature_loss(rows)
 
     def draw_pairs(self, rows):
-        """(a neighbour of each row, a random item, each with which of them count), [b] each."""
+        """(a neighbour of each row, does it count, a random item, does it count), [b] each."""
         near, has_near = draw_columns(self.graph, rows)
         far = torch.randint(self.n_items, (len(rows),))
         n_shared = self.R[rows.numpy()].multiply(self.R[far.numpy()]).sum(1)
@@ -917,16 +918,17 @@ class GCNP(InteractionMethod):
 
     Per side, three layers from a trained table:
         H^(l+1) = L2norm(tanh((D^-1 S + I) H^(l) W + b))
-    S: the cosines of the side information, of the 20 nearest (the authors: of all pairs; among
-    CLIP's vectors all pairs are alike). A side without features uses its co-interaction graph.
+    S: each node's cosines to the 20 nodes nearest by side information (the authors: to all nodes;
+    among CLIP's vectors all pairs are alike). A side without features uses its co-interaction
+    graph.
 
     Loss: BCE of sigmoid(u . i + b_u + b_i), one uniform negative per positive. The outputs are
-    handed over, without the biases (the authors' code hands over the tables under the
-    convolutions).
+    handed over, without the biases (the authors' code hands over the tables that the convolutions
+    start from).
 
     Not as the authors: a batch holds interactions, each once in an epoch (theirs: as many steps,
-    but each of users drawn uniformly, with one interaction each); layers of one width, 64 (theirs:
-    128 above tables of 64); no penalty on the outputs, which are unit vectors.
+    but a step draws users uniformly and one interaction of each); all layers are 64 wide (theirs:
+    128, above tables of 64); no penalty on the outputs, which are unit vectors.
     """
 
     def __init__(self, train, user_x, item_x, dim, batch, n_layers=3, k=20):
@@ -951,7 +953,7 @@ class GCNP(InteractionMethod):
             self.biases.append(nn.Parameter(torch.zeros(R.shape[0])))
 
     def scores(self, user, item, users, items):
-        """float [b]: of the pairs (users, items), int64 [b] each."""
+        """float [b]: the scores of the pairs (users, items), int64 [b] each."""
         bias = self.biases
         return (user[users] * item[items]).sum(1) + bias[0][users] + bias[1][items]
 
@@ -979,15 +981,15 @@ class GCNP(InteractionMethod):
 
 # --- Training, the same for all -----------------------------------------------------------
 
-# The authors' weight decay, of all parameters: AdamW's, apart from the gradient, or Adam's, a part
-# of it. (PMGT's code leaves out biases and norms.) MMGCN has a penalty in its loss instead, and
-# GCN-P's is on unit vectors, a constant.
+# The authors' weight decay, on all parameters: AdamW's is apart from the gradient, Adam's is a
+# part of it. (PMGT's code leaves out biases and norms.) MMGCN has a penalty in its loss instead.
+# GCN-P's penalty is on unit vectors, where it is a constant.
 OPTIMIZERS = {
     "gptgnn": (torch.optim.AdamW, 1e-2),
     "graphbert": (torch.optim.Adam, 5e-4),
     "pmgt": (torch.optim.AdamW, 1e-4),
 }
-MIN_VALIDATIONS = 10  # without a new best, before patience may end: an epoch may be many steps
+MIN_VALIDATIONS = 10  # without a new best, whatever the patience: an epoch may be many steps
 ALIKE = 0.99  # rows of a higher mean cosine have little but a common direction
 
 
@@ -1001,8 +1003,8 @@ class Trial(NamedTuple):
 def validate(user, item, parts):
     """Recall@20 on validation; None where there is no validation.
 
-    A user that a method does not bring is the mean of the user's training items. These are
-    centred first: a direction that all items have in common would swamp what they differ in.
+    Where a method has no users, a user is the mean of the user's training items. Items are
+    centred first: a direction that all of them have in common would swamp their differences.
     """
     if not parts.valid.nnz:
         return None
@@ -1017,8 +1019,8 @@ def validate(user, item, parts):
 def mean_cosine(table):
     """The mean cosine of two different rows; a row of zeros has cosine 0 to all; table [n, d].
 
-    The squared length of the sum of unit rows is the sum of all their cosines, n of them a row's
-    with itself.
+    The squared length of the sum of unit rows is the sum of the cosines of all n x n pairs; n of
+    these pair a row with itself.
     """
     n = len(table)
     unit = F.normalize(table.double())
@@ -1071,7 +1073,7 @@ def pretrain(args, parts, features, lr):
         if not np.isfinite(losses).all():
             raise run.InputError(f"the loss is not finite at epoch {epoch}; "
                                  f"lower --lr (now {lr:g})")
-        # Ranking takes time: not after each epoch, but always after the last.
+        # Ranking takes time, so not every epoch is validated; the last one always is.
         if epoch % args.eval_every and epoch < args.epochs:
             continue
         user, item = embed(model)
@@ -1086,7 +1088,7 @@ def pretrain(args, parts, features, lr):
         if step - best["step"] >= args.patience and n_waited >= MIN_VALIDATIONS:
             break
     bar.close()
-    # The last step may have been too large, with a loss that was still finite before it.
+    # A loss is taken before its step: a last step that was too large shows only in the tables.
     if not (is_finite(best_user) and is_finite(best_item)):
         raise run.InputError(f"the tables are not finite at epoch {best['epoch']}; "
                              f"lower --lr (now {lr:g})")
@@ -1149,7 +1151,7 @@ def open_features(args):
     clip_options = (args.clip_model, args.clip_weights)
     features = data.features(dataset, modalities, args.encoder, Path(data_options["data_dir"]),
                              clip_options, "cpu")
-    # Of training interactions alone, as MMCPR reads them (Eq. 4).
+    # Only the reviews of training interactions, as in MMCPR (Eq. 4).
     if "R" in features:
         features["R"] = mmcpr.pool_reviews(features["R"], dataset.users, dataset.n_users,
                                            parts.in_train)
@@ -1180,7 +1182,7 @@ def validation_recall(trial):
 
 def best_report(trials):
     """The report of the best trial, with what the others found."""
-    # Without validation there is one trial.
+    # Without validation all trials would have 0 here, but then there is only one.
     best = max(trials, key=validation_recall)
     size = {"item": mmcpr.rms(best.item)}
     if best.user is not None:
@@ -1220,7 +1222,7 @@ def try_rates(args, parts, features, save):
               f"mean cosine {report['mean_cosine']:.3f} at epoch {report['epoch']} of "
               f"{report['epochs_run']} ({report['steps_run']:,} steps), "
               f"{report['seconds']:.0f} s", flush=True)
-        # Saved at once: what one learning rate found is not lost with the next.
+        # Saved at once, so that an interruption of the next rate does not lose this one.
         try:
             save(trials)
             is_saved = True
@@ -1260,7 +1262,7 @@ def arguments():
 
 
 def check_arguments(args):
-    # Not emb.npz, which is MMCPR's.
+    # The default is not emb.npz, which is MMCPR's.
     args.out = args.out or f"{args.method}.npz"
     for lr in args.lr:
         if not 0 < lr < np.inf:

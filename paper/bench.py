@@ -1,4 +1,4 @@
-"""How fast: each fast path against its plain definition, the results compared before.
+"""How fast each fast path is against its plain definition; their results are compared first.
 
     python -m paper.bench                              demo, and generated graphs, vg and tg
     python -m paper.bench --data vg path/to/folder     one of them, and your own interactions
@@ -6,14 +6,15 @@
     python -m paper.bench --device cuda --epochs       whole epochs of the fast paths alone
     python -m paper.bench --data vg --write folder     writes the generated set as a data set
 
-Here vg and tg name graphs drawn at random with the paper's counts, degrees as long-tailed as the
-real ones': nothing is downloaded. The table is Markdown. Memory is what building adds to a
-process at its peak, and what a process that pre-trains holds in all; on a GPU the host's.
+Here vg and tg name graphs drawn at random with the paper's counts, and with degrees as long-tailed
+as the real ones: nothing is downloaded. The table is Markdown. Memory is the host's, on a GPU
+too: for building, what it adds to a process at its peak; for pre-training, the whole peak.
 
---epochs measures epochs and evaluations as the scripts run them, each beside its floor: the time
-in which this machine, at the speed of a large copy and of a large float32 product, moves the bytes
-that must be moved and does the operations that must be done (finetuning_floor, pretraining_floor).
-Memory is then the GPU's own, by torch.cuda.max_memory_allocated.
+--epochs measures epochs and evaluations as the scripts run them. Beside an epoch stands the floor
+of its step: the time in which this machine moves the bytes that must be moved, at the speed of a
+large copy, and in pre-training does the operations that must be done, at the speed of a large
+float32 product (finetuning_traffic, pretraining_floor). Memory is then the GPU's own, by
+torch.cuda.max_memory_allocated.
 
 The plain definitions are those of ops.py and metrics.py, and two training steps made of them:
 mixgcf_loss_plain and objective_plain.
@@ -50,7 +51,7 @@ DIM, N_CANDIDATES, BATCH, N_LAYERS = 64, 64, 2048, 3
 # --- Generated graphs ---------------------------------------------------------------------
 
 class Generated(NamedTuple):
-    """A bipartite graph, its pairs unique and in drawn order, and the shelf of each node."""
+    """A bipartite graph, with unique pairs in the order drawn, and the shelf of each node."""
     users: np.ndarray       # int64 [n]
     items: np.ndarray       # int64 [n]
     user_shelf: np.ndarray  # int64 [n_users]
@@ -60,10 +61,11 @@ class Generated(NamedTuple):
 def generate(n_users, n_items, n, seed=0, shelf_size=50, loyalty=0.6, spread=1.6):
     """A long-tailed bipartite graph of n pairs.
 
-    Degrees are 5 plus a log-normal. Items stand on shelves of about 50; a user takes `loyalty`
-    of the items from one shelf, in proportion to their popularity, the rest from anywhere. With
-    these values, and the size of Amazon 2018's Video Games, the quantiles of the degrees, the
-    edges of both co-interaction graphs and of E come within 15 % of the real ones.
+    Degrees are 5 plus a log-normal. Items stand on shelves of about 50. A user takes the share
+    `loyalty` of the items from one shelf and the rest from anywhere, in proportion to popularity.
+    With these defaults, and the size of Amazon 2018's Video Games, the quantiles of the degrees
+    and the counts of entries of both co-interaction graphs and of E come within 15 % of the real
+    ones.
     """
     rng = np.random.default_rng(seed)
 
@@ -74,8 +76,8 @@ def generate(n_users, n_items, n, seed=0, shelf_size=50, loyalty=0.6, spread=1.6
     n_shelves = max(1, n_items // shelf_size)
     user_shelf = rng.integers(n_shelves, size=n_users)
     item_shelf = np.sort(rng.integers(n_shelves, size=n_items))
-    # Degrees laid end to end: a point on the line is a user or an item in proportion to them,
-    # and a shelf is a stretch of the items' line.
+    # Degrees are laid end to end on a line: a random point of it hits a user or an item in
+    # proportion to its degree, and a shelf is a stretch of the items' line.
     user_line = np.cumsum(draw_degrees(n_users))
     item_line = np.concatenate([[0], np.cumsum(draw_degrees(n_items))])
     shelf_begin = item_line[np.searchsorted(item_shelf, np.arange(n_shelves + 1))]
@@ -111,7 +113,7 @@ def generate_features(graph, width=512, seed=1):
 
 
 def write_generated(name, folder):
-    """The generated set in the new `folder`, as a data set (README), features as float16."""
+    """Writes the generated set into the new `folder`: a data set (README), features as float16."""
     graph = generate(*SIZES[name])
     pairs = zip(graph.users.tolist(), graph.items.tolist())
     run.write_csv(folder / "interactions.csv", ("user", "item"), pairs)
@@ -208,13 +210,13 @@ def seconds(call, device):
 
 
 def in_turn(calls, repeats, device):
-    """Medians of the seconds of several calls, made in turn: the machine's moods hit all alike."""
+    """The median seconds of each of several calls, which are made in turn."""
     times = {call: [] for call in calls}
-    # Not one after the other: if the machine slows down, it slows down for all.
+    # Not all repeats of one call first: if the machine slows down, it slows down all calls.
     for _ in range(repeats + 1):
         for call in calls:
             times[call].append(seconds(call, device))
-    # The first of each warms up.
+    # The first time of each call is a warm-up, which does not count.
     return [statistics.median(times[call][1:]) for call in calls]
 
 
@@ -233,7 +235,7 @@ def check_same(name, plain, fast, tolerance):
 def peak_memory():
     """GiB that this process has held at most; NaN where the system does not say."""
     with contextlib.suppress(OSError):
-        # On Linux not ru_maxrss, which starts with the parent's.
+        # On Linux not by ru_maxrss, which in a new process starts at its parent's.
         status = Path("/proc/self/status").read_text()
         return int(status.split("VmHWM:")[1].split()[0]) / (1 << 20)
     try:
@@ -448,8 +450,8 @@ def bench_finetuning(name, train, device, bandwidth):
 def finetuning_traffic(train, batch):
     """Bytes that a step of fine-tuning must move.
 
-    Six sparse products read the graph (a value and an index for each entry) and a table and write
-    one, Adam moves seven tables, and four layers' rows of the candidates are read.
+    Each of six sparse products reads the graph (a value and an index for each entry) and a table,
+    and writes a table. Adam moves seven tables. The candidates' rows of four layers are read.
     """
     table = 4 * DIM * sum(train.shape)
     graph = 8 * 2 * train.nnz
@@ -458,7 +460,7 @@ def finetuning_traffic(train, batch):
 
 
 def print_step(train, batch, drawing, parts, bandwidth):
-    """Where a fine-tuning step goes; parts: seconds of layers, hop mixing, Adam and the whole."""
+    """Where a step's time goes; parts: seconds of layers, hop mixing, Adam and the whole."""
     layers, hop_mixing, adam, whole = parts
     rest = whole - layers - hop_mixing - adam
     step = drawing + whole
@@ -505,7 +507,7 @@ def bench_evaluation(name, model, train, test, device, sample=100):
 def pretrain_steps(folder, device, is_plain, n_steps):
     """(seconds of each step, losses, peak GiB) of a few steps on R.npz and features.npz.
 
-    Plain: on the written-out graphs, by objective_plain.
+    The plain path uses the written-out graphs and objective_plain.
     """
     run.keep_freed_memory()
     R = sp.load_npz(folder / "R.npz")
@@ -525,7 +527,7 @@ def pretrain_steps(folder, device, is_plain, n_steps):
     losses = []
 
     def step():
-        # In turn, where there are fewer blocks than steps.
+        # Where there are fewer blocks than steps, the blocks are used again in turn.
         users = blocks[len(losses) % len(blocks)].to(device)
         drawn = cima_items[torch.randperm(len(cima_items))[:BATCH].to(device)]
         optimizer.zero_grad()
@@ -564,13 +566,13 @@ def bench_pretraining(name, train, features, device, n_steps=4):
 # --- 5. Whole epochs ----------------------------------------------------------------------
 
 def pretraining_floor(model, train, bandwidth, rate):
-    """Seconds below which no step of pre-training can be, on average over an epoch.
+    """The least time, in seconds, that a step of pre-training with a full block can take.
 
-    Operations at the machine's rate: a block's scores with all items and their two gradients,
+    Operations, at the machine's rate: a block's scores with all items and their two gradients,
     W_m of every item's features and its gradient, CIMA's two N x N products and their four
-    gradients. Bytes at its bandwidth: each graph is read four times (two layers, both ways) with
-    a table, and one written; the items' features are read twice; Adam moves seven times the
-    parameters. What is done once a user of the block is left out.
+    gradients. Bytes, at its bandwidth: each graph is read four times (two layers, both ways), and
+    each time a table is read and one is written; the items' features are read twice; Adam moves
+    seven times the parameters. Work done once for each user of the block is left out.
     """
     n_users, n_items = train.shape
     item_widths = sum(model.item_tower.get_buffer(f"feature_{m}").shape[1] for m in "TV")
@@ -585,7 +587,7 @@ def pretraining_floor(model, train, bandwidth, rate):
 
 
 def measure_epoch(name, what, call, n_steps, floor, device, repeats=3):
-    """One row: seconds of a call, each step's, the floor of a step, the GPU's memory."""
+    """One row: the time of a call and of each of its steps, a step's floor, the GPU's memory."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     epoch, = in_turn([call], repeats, device)
@@ -669,7 +671,7 @@ def bench_pretraining_epoch(name, train, features, device, bandwidth, rate):
 
 
 def bench_kernels(name, steps):
-    """What a GPU could take instead of cuSPARSE's product and of the gathered candidates."""
+    """Times other kernels on a GPU beside cuSPARSE's product and the gathering of candidates."""
     A_hat, x = steps.model.A_hat, steps.model.E0.detach()
     users, _, candidates, _ = steps.batch
     query = x[users]
@@ -701,7 +703,7 @@ def bench_kernels(name, steps):
                     (by_gathering, by_sampled_addmm)):
         expected = kernels[0]()
         for kernel in kernels:
-            # One that cannot be run there must not end the benchmark.
+            # A kernel that cannot be run on this GPU must not end the benchmark.
             try:
                 check_same(f"{name}, {kernel.__name__}", expected, kernel(), 1e-4)
                 taken, = in_turn([kernel], 20, "cuda")
@@ -711,7 +713,7 @@ def bench_kernels(name, steps):
 
 
 def bench_epochs(name, device, bandwidth, rate):
-    """Whole epochs and evaluations of one data set, and what 1,000 of them take."""
+    """Whole epochs and evaluations of one data set, and what 100 or 1,000 epochs take."""
     train, test, features = open_set(name)
     label = Path(name).name
     print_row("data", "what", "in all", "a step", "its floor", "memory")

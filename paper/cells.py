@@ -1,10 +1,10 @@
-"""The runs behind the paper's tables: which are there, and running those that are missing.
+"""The runs behind the paper's tables: finds those that are there, runs those that are missing.
 
-A cell is one pre-training and one fine-tuning, by the commands a reader would type. What it found
-is kept as <name>.json in <results>/<data>/cells, and beside it, as <name>.npz, what each user's
-test was. So an interrupted sweep goes on, and a second call only reads. A cell is named after all
-options of its commands, the split and the features, but not after the code: after a change of
-that, name another --results.
+A cell is one pre-training and one fine-tuning, by the commands that a reader would type. Its
+results are kept in <results>/<data>/cells: <name>.json, and beside it <name>.npz with each user's
+test. So an interrupted sweep goes on where it stopped, and a second call only reads. A cell's name
+depends on all options of its commands, on the split and on the features, but not on the code:
+after a change of the code, name another --results.
 """
 import contextlib
 import ctypes
@@ -32,13 +32,13 @@ from paper import baselines
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# What Python is given to run a script, and the module that knows the script's options.
+# The arguments with which Python runs a script, and the module that has the script's options.
 SCRIPTS = {"mmcpr.py": ["mmcpr.py"], "finetune.py": ["finetune.py"],
            "baselines.py": ["-m", "paper.baselines"]}
 MODULES = {"mmcpr.py": mmcpr, "finetune.py": finetune, "baselines.py": baselines}
 
-# What the scripts say where the data has nothing for a cell, and where a learning rate is too
-# high.
+# Parts of the scripts' error messages, where the data has nothing for a cell and where a
+# learning rate is too high.
 NOTHING = ("nothing for --method", "--lam 1 trains CIMA alone")
 DIVERGED = "not finite"
 
@@ -46,7 +46,7 @@ DIVERGED = "not finite"
 # --- Scripts, several at a time -----------------------------------------------------------
 
 class Script(NamedTuple):
-    """A script that is running, and the file that takes what it says on stderr."""
+    """A script that is running, and the file that its stderr goes to."""
     process: subprocess.Popen
     messages: TextIO
 
@@ -67,8 +67,8 @@ def start(command, folder, jobs):
             os._exit(1)
 
     messages = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
-    # In a session of its own a script does not hear the terminal's Ctrl-C: it is told once, by
-    # us.
+    # In a session of its own a script does not get the terminal's Ctrl-C, only our SIGTERM: one
+    # signal, not two.
     process = subprocess.Popen(
         command, cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=messages,
         start_new_session=True,
@@ -77,7 +77,7 @@ def start(command, folder, jobs):
 
 
 def error_of(script):
-    """None where a script that has ended did well, else what it said."""
+    """None where a script that has ended was successful, else its error message."""
     script.messages.seek(0)
     lines = script.messages.read().strip().splitlines()
     script.messages.close()
@@ -85,7 +85,7 @@ def error_of(script):
     if code == 0:
         return None
     for line in reversed(lines):
-        # The scripts' own line, or that of a traceback.
+        # The script's own error line, or the error line of a traceback.
         if re.match(r"error: |\w+Error: ", line):
             return line.removeprefix("error: ")
     if code < 0 or not lines:
@@ -101,7 +101,7 @@ def noted_signals():
     def note(number, frame):
         noted.append(number)
 
-    # A signal's own doing would be an exception, in the middle of whatever is going on.
+    # By default a signal would raise an exception in the middle of whatever is going on.
     for number in (signal.SIGINT, signal.SIGTERM):
         handlers[number] = signal.signal(number, note)
     try:
@@ -114,10 +114,10 @@ def noted_signals():
 def run_side_by_side(commands, jobs, keep, title, folder):
     """Runs {key: command}, `jobs` at a time, in `folder`; calls keep(key, error) as each ends.
 
-    Where keep raises an InputError nothing more is started, but what is running beside it
-    finishes. At Ctrl-C or SIGTERM nothing more is started either, and what is running gets
-    SIGTERM: mmcpr.py and finetune.py save a checkpoint. Where this process dies of kill -9, its
-    scripts end too on Linux; elsewhere they finish what they are at.
+    Where keep raises an InputError or OSError, no other script is started, but those that are
+    running finish. At Ctrl-C or SIGTERM no other script is started either, and those that are
+    running get SIGTERM, at which mmcpr.py and finetune.py save a checkpoint. Where this process
+    dies of kill -9, its scripts end too on Linux; elsewhere they run to their end.
     """
     waiting = list(commands.items())
     running = {}
@@ -126,7 +126,7 @@ def run_side_by_side(commands, jobs, keep, title, folder):
         bar = tqdm(total=len(commands), desc=title, unit="run", disable=not commands)
         try:
             while running or (waiting and failure is None):
-                # As many as may run side by side, in order.
+                # Scripts are started in order, up to `jobs` side by side.
                 while waiting and len(running) < jobs and failure is None:
                     key, command = waiting.pop(0)
                     running[key] = start(command, folder, jobs)
@@ -138,18 +138,18 @@ def run_side_by_side(commands, jobs, keep, title, folder):
                     failure = KeyboardInterrupt()
                     for script in running.values():
                         script.process.terminate()
-                # What has ended is kept before anything else is started, also after a signal.
+                # Scripts that have ended are kept before others are started, after a signal too.
                 for key in list(running):
                     if running[key].process.poll() is None:
                         continue
                     try:
                         keep(key, error_of(running.pop(key)))
                     except (run.InputError, OSError) as error:
-                        # The failure that came first is the one to tell.
+                        # Of several failures the first one is raised in the end.
                         failure = failure or error
                     bar.update()
         finally:
-            # Empty, but where something went wrong in here.
+            # Nothing is running here any more, unless the loop itself has failed.
             for script in running.values():
                 script.process.terminate()
             bar.close()
@@ -161,15 +161,15 @@ def run_side_by_side(commands, jobs, keep, title, folder):
 # --- Cells --------------------------------------------------------------------------------
 
 class Cell(NamedTuple):
-    """One run of Table 2 and the others."""
-    pretraining: tuple | None  # of mmcpr.py or baselines.py and its flags; None: a random start
+    """One run behind Table 2 or another table or figure."""
+    pretraining: tuple | None  # mmcpr.py or baselines.py, then its flags; None: a random start
     finetuning: tuple          # flags of finetune.py
     seed: int
-    data: tuple = ()           # flags of both for another split than the sweep's
+    data: tuple = ()           # flags of both scripts, for a split other than the sweep's
 
 
 def name_of(parts):
-    """Sixteen hex digits of what JSON can hold."""
+    """A name for anything that JSON can hold: sixteen hex digits."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -177,7 +177,7 @@ class Cells:
     """Runs the cells that are missing, and keeps what they found."""
 
     def __init__(self, data_flags, encoding_flags, fingerprint, folder, jobs):
-        """The flags say which data and features, the same for all cells; fingerprint: of these;
+        """The flags say which data and features all cells use; fingerprint: of these;
         folder: results/<data>; jobs: how many scripts to run at a time."""
         self.data_flags, self.encoding_flags = data_flags, encoding_flags
         self.fingerprint, self.jobs = fingerprint, jobs
@@ -192,36 +192,37 @@ class Cells:
         self.used = {}  # what the present target has asked for
 
     def all_options(self, script, *flags):
-        """All options of a command, defaults too, but for data.BESIDE, data and device."""
+        """All options of a command, defaults included, but not data.BESIDE, data and device."""
         options = {}
         for name, value in vars(self.parsers[script].parse_args(flags)).items():
-            # A data set is told by its fingerprint, so it may move. Nor does the device count,
-            # although a GPU draws other numbers: a cell made there stands for one made here.
+            # The fingerprint identifies a data set, so its folder may move. The device does not
+            # count either, although a GPU draws other numbers: a cell made on a GPU stands for
+            # one made on a CPU.
             if name not in data.BESIDE and not name.startswith(("data", "device")):
                 options[name] = value
         return [script, options]
 
     def cell_path(self, cell):
-        """Where what the cell found is kept: JSON, null where the data has nothing for it."""
+        """The path of the cell's results: JSON, null where the data has nothing for the cell."""
         before = self.all_options(*cell.pretraining) if cell.pretraining else None
         after = self.all_options("finetune.py", *cell.finetuning)
         name = name_of([self.fingerprint, cell.data, cell.seed, before, after])
         return self.cells_folder / f"{name}.json"
 
     def table_path(self, cell):
-        """Where the tables that the cell starts from are kept."""
+        """The path of the tables that the cell starts from."""
         before = self.all_options(*cell.pretraining)
         name = name_of([self.fingerprint, cell.data, cell.seed, before])
         return self.tables_folder / f"{name}.npz"
 
     def run(self, cells, title, may_diverge=False):
-        """What the cells found, in order; those that are missing are run.
+        """Runs the cells that are missing, and returns the results of all, in order.
 
-        A dict for each cell, and None where the data has nothing for it. Also, if may_diverge,
-        where the learning rate is too high for it; else InputError.
+        A cell's result is a dict, or None where the data has nothing for it. Where its learning
+        rate is too high, the result is None if may_diverge, else this raises an InputError.
         """
         found, missing = {}, []
-        # Each once, in order. A damaged or diverged one is told before anything is run.
+        # Each cell once, in order. Damaged or diverged ones are reported before anything is run.
         for cell in dict.fromkeys(cells):
             if self.cell_path(cell).exists():
                 found[cell] = self.read(cell, may_diverge)
@@ -236,7 +237,7 @@ class Cells:
         return [found[cell] for cell in cells]
 
     def make_tables(self, cells, title, may_diverge):
-        """Runs the pre-trainings whose tables are missing, each once, whatever cells share it."""
+        """Runs the pre-trainings whose tables are missing, each once, also where cells share it."""
         commands, cells_of = {}, {}
         for cell in cells:
             if cell.pretraining is None:
@@ -249,7 +250,7 @@ class Cells:
 
         def keep(path, error):
             if error is None:
-                # Only what has come to its end gets its name.
+                # Only the tables of a finished pre-training get their final name.
                 os.replace(unfinished(path), path)
             else:
                 cell = cells_of[path][0]
@@ -264,7 +265,7 @@ class Cells:
         for cell in cells:
             if self.cell_path(cell).exists():
                 continue  # its pre-training found nothing to do, or diverged
-            # Read before the run, so that damaged tables are told at once.
+            # Read before the run, so that damaged tables are reported at once.
             reports[cell] = self.pretraining_report(cell)
             commands[cell] = self.finetuning_command(cell)
 
@@ -283,7 +284,7 @@ class Cells:
         command += ["--seed", str(cell.seed)]
         command += ["--out", str(unfinished(self.table_path(cell)))]
         if cell.pretraining[0] == "mmcpr.py":
-            # An interrupted one goes on; baselines.py keeps no checkpoint and starts anew.
+            # An interrupted run goes on; baselines.py keeps no checkpoint and starts anew.
             command.append("--resume")
         return command
 
@@ -296,7 +297,7 @@ class Cells:
         return command
 
     def metrics_path(self, cell):
-        """Where finetune.py writes, before the cell is kept."""
+        """Where finetune.py writes its metrics, before they become a part of the cell."""
         return self.cell_path(cell).with_suffix(".metrics")
 
     def per_user_path(self, cell):
@@ -311,7 +312,7 @@ class Cells:
                 return {name: file[name] for name in file.files}
         except Exception as error:  # zipfile, zlib and numpy each raise their own
             if not isinstance(error, FileNotFoundError) and getattr(error, "errno", None):
-                raise  # the machine's, not the file's
+                raise  # an error of the machine, not of the file
             raise damaged(path, self.cell_path(cell)) from None
 
     def pretraining_report(self, cell):
@@ -360,7 +361,7 @@ class Cells:
             outcome = json.loads(path.read_text())
             has_diverged = outcome is not None and "diverged" in outcome
             is_result = outcome is not None and not has_diverged
-            # What a result must have; anything else is no file of ours.
+            # Every result has these; a file without them is not ours.
             if is_result and not ("report" in outcome and outcome["finetune"]["test"]):
                 raise KeyError
         except (ValueError, KeyError, TypeError):

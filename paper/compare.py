@@ -1,8 +1,8 @@
-"""How sure a difference between two systems is, and which users and items make it.
+"""How sure a difference between two systems is, and which users and items it comes from.
 
 Everything here works on what finetune.py --per-user writes: each user's test metrics, and where
-each test interaction is ranked. A system's runs differ in the seed, and where the split is ours in
-the split too, so a user may be tested in one run and not in another.
+each test interaction is ranked. A system's runs differ in the seed and, where the split is ours,
+in the split. So a user may be tested in one run and not in another.
 """
 from typing import NamedTuple
 
@@ -10,9 +10,9 @@ import numpy as np
 
 
 def user_table(runs, user_ids, metric):
-    """float64 [n_runs, n_users]: the metric of every user; NaN where a run does not test one.
+    """float64 [n_runs, n_users]: the metric of every user; NaN where a run does not test the user.
 
-    runs: what write_per_user has written, a dict for each run; user_ids: of all users.
+    runs: a dict for each run, as write_per_user has written it; user_ids: those of all users.
     """
     row_of = {name: row for row, name in enumerate(user_ids.tolist())}
     table = np.full((len(runs), len(user_ids)), np.nan)
@@ -23,21 +23,21 @@ def user_table(runs, user_ids, metric):
 
 
 class Difference(NamedTuple):
-    """Of two means of a metric."""
+    """The difference of two means of a metric."""
     mean: float
     error: float     # its standard error
     p: float         # two-sided
-    smallest: float  # the mean from which on p would be below .05
+    smallest: float  # the smallest mean for which p would be below .05
 
 
 def paired_bootstrap(ours, other, n_draws=4000):
     """Difference of two user_tables of the same runs: mean over users, then over runs.
 
-    Users are drawn with replacement, a drawn one with all of its runs, and the same for both
-    systems. Each draw gets normal noise, of what the runs' means vary beyond what their users
-    explain. Of three runs that is hardly known: each draw has a value of its own, one that could
-    be the true one. With one run it is not known at all, and left out. p: twice the share of draws
-    of the other sign.
+    Users are drawn with replacement: the same users for both systems, each with all of its runs.
+    Each draw gets normal noise. Its variance is what the runs' means vary by beyond what their
+    users explain. Three runs hardly tell that variance, so each draw takes a value of its own that
+    could be the true one. With one run it is not known at all, and the noise is left out. p: twice
+    the share of draws of the rarer sign.
     """
     gap = ours - other                                                       # [n_runs, n_users]
     gap = gap[:, ~np.isnan(gap).all(0)]
@@ -49,7 +49,8 @@ def paired_bootstrap(ours, other, n_draws=4000):
     chunk = max(1, 1_000_000 // n_users)
     for start in range(0, n_draws, chunk):
         n = min(chunk, n_draws - start)
-        # How often each user is drawn: the draws are counted side by side.
+        # How often each draw has each user. A draw's users are shifted to numbers of its own, so
+        # that one bincount counts all draws.
         drawn = rng.integers(n_users, size=(n, n_users))
         drawn += n_users * np.arange(n, dtype=np.int64)[:, None]
         weight = np.bincount(drawn.ravel(), minlength=n * n_users).reshape(n, n_users)
@@ -60,7 +61,7 @@ def paired_bootstrap(ours, other, n_draws=4000):
     if n_runs > 1:
         of_runs, of_users = run_variances(gap, is_tested)
         variance += max(0, of_runs - of_users) / n_runs
-        # A variance of n means is the true one times chi-square / (n - 1).
+        # The sample variance of n means is the true one times chi-square(n - 1) / (n - 1).
         true_one = of_runs * (n_runs - 1) / rng.chisquare(n_runs - 1, size=n_draws)
         beyond_users = np.maximum(0, true_one - of_users)
         draws += rng.normal(size=n_draws) * np.sqrt(beyond_users / n_runs)
@@ -72,10 +73,10 @@ def paired_bootstrap(ours, other, n_draws=4000):
 
 
 def run_variances(gap, is_tested):
-    """(variance of the runs' means, the part of it that users bring), a two-way analysis.
+    """(variance of the runs' means, the part of it that users bring), by a two-way analysis.
 
-    gap [n_runs, n_users], 0 where not tested. A user's gaps differ from run to run, which makes
-    the runs' means differ even if no run is better than another: that is the part.
+    gap [n_runs, n_users], 0 where not tested. A user's gap differs from run to run. So the runs'
+    means differ even if no run is better than another: that is the users' part.
     """
     n_tested = is_tested.sum(1)
     of_run = gap.sum(1) / n_tested                                                  # [n_runs]
@@ -117,7 +118,10 @@ def by_user(runs, edges=USER_BINS):
 
 
 def by_item(runs, edges=ITEM_BINS):
-    """The same of the share of test interactions ranked among the first 20, by the item's."""
+    """Bins of the share of test interactions ranked among the first 20, over all runs.
+
+    They are binned by the training interactions of their items.
+    """
     degree = np.concatenate([of_run["item_train"] for of_run in runs])
     place = np.concatenate([of_run["rank"] for of_run in runs])
     return in_bins(degree, (place > 0) & (place <= 20), edges)

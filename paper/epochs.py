@@ -6,8 +6,8 @@
     python -m paper.epochs --figure epochs.png mmcpr.json random.json
 
 The paper names a thousand epochs, and no validation. Here no epoch is chosen: every --eval-every
-epochs the test is ranked, and all of it is written. The options are finetune.py's that say how to
-train, with one seed.
+epochs the test is ranked, and all of these results are written. The options are those of
+finetune.py that say how to train, with one seed.
 """
 import json
 import shlex
@@ -90,7 +90,7 @@ def check_arguments(args, parser):
     finetune.check_arguments(args)
     if not args.metrics:
         raise run.InputError("--metrics must say where the curve goes")
-    # The first test is written before any training: it would take the place of a whole curve.
+    # The first test is written before any training: it would overwrite an earlier, whole curve.
     if Path(args.metrics).exists():
         raise run.InputError(f"{args.metrics} is there, and would be written over; name another, "
                              "or delete it")

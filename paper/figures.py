@@ -24,7 +24,7 @@ def draw_bars(axis, curves):
 
 
 def draw_points(axis, curves):
-    """A point for every seed: they may fall on either side of a mean."""
+    """A point for every seed: seeds may lie on both sides of a mean, and none near it."""
     for modality, (names, values) in curves.items():
         color = f"C{'RTVG'.index(modality)}"
         x = np.repeat(names, [len(of_seeds) for of_seeds in values])
@@ -52,7 +52,7 @@ def plot(path, panels, draw, xlabel=""):
 
 
 def open_figure(n_panels, width, n_columns):
-    """(figure, its panels), each `width` inches wide, as many side by side."""
+    """(figure, its panels): each `width` inches wide, n_columns of them side by side."""
     # Imported here: it takes a second, and most calls plot nothing.
     import matplotlib
     matplotlib.use("Agg")

@@ -17,7 +17,7 @@ from paper.figures import means_and_bars, open_figure, save_figure
 
 COLUMNS = {"pretraining", "finetuning", "data", "seed", "valid recall@20", "recall@20"}
 
-# The starts by their pre-training, and how they are drawn.
+# {pre-training of a start: (its label, its colour, its line style)}
 STYLES = {
     "baselines.py --method popular": ("Most popular", "0.75", "-."),
     "random": ("Random", "0.6", ":"),
@@ -60,7 +60,8 @@ def share_of(row):
 
 def chosen_values(by_scale):
     """The seeds' test Recall@20 at the scale that the first seed's validation chose."""
-    # The first seed's trials stand in front; only the chosen scale has the other seeds too.
+    # rows[0] is the first seed's trial. Only the chosen scale has the other seeds too; with one
+    # seed its validation decides.
     rows = max(by_scale.values(), key=lambda rows: (len(rows), float(rows[0]["valid recall@20"])))
     return [float(row["recall@20"]) for row in rows]
 
@@ -78,13 +79,13 @@ def draw(path, curves_of):
         axis.set(title=name, xlabel="share of the training interactions")
         axis.grid(alpha=0.3)
     figure.supylabel("test Recall@20 after fine-tuning")
-    # A data set may lack a start.
+    # A data set may lack a start, so the legend is collected from all panels.
     handles = {}
     for axis in axes:
         lines, labels = axis.get_legend_handles_labels()
         handles |= dict(zip(labels, lines))
     figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=4, frameon=False)
-    # Two lines of legend, of a figure that is 3.6 inches high for each row of panels.
+    # Below the panels 0.45 inches stay free, for two lines of legend.
     figure.tight_layout(rect=(0, 0.45 / figure.get_figheight(), 1, 1))
     save_figure(path, figure)
 

@@ -1,6 +1,7 @@
-"""The map of when pre-training pays, of one data set: reproduce.py's regimes and new-items.
+"""When pre-training pays on one data set: the targets regimes and new-items of reproduce.py.
 
-How each gain fades as training data grows, who gains, and items without any interaction.
+They show how each gain fades as training data grows, which users and items gain, and how items
+without any interaction fare.
 """
 import numpy as np
 
@@ -16,7 +17,7 @@ SHARES = (".1", ".2", ".4", ".7", "1")
 def starts(sweep):
     """{name: pretraining} of the map: the controls, graphs or contents alone, and everything.
 
-    With the scripts' own recipe: no rate is chosen.
+    All use the scripts' default recipe: no rate is chosen.
     """
     wanted = {name: sweep.pretraining(SYSTEMS[name]) for name in CONTROLS}
     wanted["Graphs alone"] = sweep.pretraining("mmcpr", "--modalities", "G")
@@ -31,8 +32,8 @@ def run_starts(sweep, wanted, title, splits):
     """run_rows of {name: pretraining} at the scale that validation chooses, for each split.
 
     splits: {name of a split: flags of the data}. Returns {name of a split: its rows}. A cell that
-    is there is only read. So that many run side by side, the trials of all splits come first,
-    then all of their rows; the last loop finds everything there.
+    is there is only read. So that many cells can run side by side, first the trials of all splits
+    are run, then all cells of their rows; the last loop only reads.
     """
     trials = []
     for data_flags in splits.values():
@@ -58,7 +59,7 @@ def regimes(sweep):
     """Recall and NDCG against the share of training interactions that is kept."""
     splits = {}
     for kept in sweep.shares:
-        # All of it: no flag, so that these are the cells of the other targets.
+        # All of the data needs no flag, so that its cells are those of the other targets.
         splits[kept] = () if float(kept) == 1 else ("--keep", kept)
     rows_at = run_starts(sweep, starts(sweep), "the map", splits)
     lines = [title_of(sweep, "The map"), ""]
@@ -99,7 +100,7 @@ def regime_lines(sweep, kept, rows):
 
 
 def who_lines(sweep, kept, rows):
-    """Lines of Markdown of one share: who gains, by how much is known of a user, of an item."""
+    """Lines of Markdown of one share: who gains, by a user's or an item's training interactions."""
     return [*bin_lines(sweep, rows, f"Share {kept}, Recall@20 by a user's training interactions",
                        compare.by_user),
             *bin_lines(sweep, rows, f"Share {kept}, test interactions ranked among the first 20, "
@@ -129,7 +130,7 @@ def bin_lines(sweep, rows, title, bins_of):
 
 
 def plot_who(sweep, rows_at):
-    """Who gains: by user and by item with all that is kept, by item with the least."""
+    """Who gains: by user and by item at the largest share, by item at the smallest share too."""
     most, least = max(rows_at, key=float), min(rows_at, key=float)
     wanted = {f"Recall@20 by user, share {most}": (most, compare.by_user),
               f"hits@20 by item, share {most}": (most, compare.by_item),
@@ -144,7 +145,7 @@ def plot_who(sweep, rows_at):
 
 
 def new_items(sweep):
-    """A tenth of the items without any training interaction, ranked among themselves."""
+    """A tenth of the items has no training interaction; these are ranked among themselves."""
     if not set(sweep.contents) & set("TV"):
         print("new items: this data has neither texts nor images to know them by")
         return

@@ -7,21 +7,21 @@
     table3      MMCPR without CIMA, without BCE
     fig3        subsets of the modalities
     fig4        the loss weight, both readings of CIMA
-    scale       what share is only scale and smoothing
+    scale       what share of the gain is only scale and smoothing
     regimes     the map: how each gain fades as training data grows, and who gains
     new-items   items without any training interaction
     recipe      learning rates, weight decays and the bias, by validation
     all         all of them
 
 A cell, one pre-training and one fine-tuning, is kept in results/<data>/cells (see cells.py).
-<target>.csv lists the runs behind a table, those of the choice too.
+<target>.csv lists the runs behind a table, also those that were tried for a choice.
 
-Pre-training is repeated for every seed, and so is the split where it is ours: seed 1 has split
-seed 1. Each system's learning rate, of the paper's grid, and the scale at which its tables are
-handed over, as they are or Xavier's, are chosen on the first seed by the validation Recall@20
-after fine-tuning. Variants of MMCPR keep MMCPR's; Table 3 has them with a choice of their own
-too. `regimes`, `new-items`, `recipe` and the paper's recipe choose the scale alone, and `scale`
-compares the two.
+Every seed has its own pre-training, and its own split where we draw it: seed 1 has split seed 1.
+Two things are chosen for each system, on the first seed, by the validation Recall@20 after
+fine-tuning: its learning rate, from the paper's grid, and the scale at which its tables are handed
+over, as they are or Xavier's. Variants of MMCPR keep MMCPR's choice; Table 3 also has them with a
+choice of their own. `regimes`, `new-items`, `recipe` and the paper's recipe choose the scale alone,
+and `scale` compares the two scales.
 """
 import argparse
 import os
@@ -52,10 +52,10 @@ UNTRAINED = ("--lr", "1e-9", "--epochs", "1", "--eval-every", "1")
 # Flags of mmcpr.py: the recipe that the paper names.
 THE_PAPERS = ("--lr", "1e-3", "--weight-decay", "0", "--bias", "none")
 
-# What Table 3 leaves out, flags of mmcpr.py.
+# What Table 3 leaves out, as flags of mmcpr.py.
 ABLATIONS = {NO_CIMA: ("--lam", "0"), "w/o BCE (λ = 1)": ("--lam", "1")}
 
-# What MMCPR's recipe was chosen from, flags of mmcpr.py; c is --weight-decay.
+# The recipes that MMCPR's was chosen from, as flags of mmcpr.py; c is --weight-decay.
 RECIPES = {"the paper's: lr 1e-3, c = 0, no bias": THE_PAPERS,
            "lr 1e-3, c = 0": ("--lr", "1e-3", "--weight-decay", "0"),
            "lr 1e-3, c = 2": ("--lr", "1e-3"),
@@ -99,15 +99,15 @@ def table2(sweep):
     if "CLIP" in rows and rows["CLIP"].found[0]["report"]["method"] == "text+image":
         rows = {"text+image" if name == "CLIP" else name: row for name, row in rows.items()}
 
-    # A random start with larger rows is no weaker than one with smaller rows.
+    # A control of size alone: random tables at the RMS of MMCPR's.
     at_our_rms = (None, ("--scale", rms(rows["MMCPR"])))
     rows |= sweep.run_rows({"Random at the RMS of MMCPR as is": at_our_rms},
                            "Random at MMCPR's RMS")
-    # The paper's rate, no decay, no bias; what it leaves open as ever.
+    # The paper's rate, no decay, no bias; what the paper leaves open is as in our recipe.
     rows |= sweep.run_rows({"MMCPR, the paper's recipe": papers_recipe(sweep)},
                            "the paper's recipe")
     choice = chosen["mmcpr"]
-    # Of the other systems only GCN-P reads reviews.
+    # Of the other systems only GCN-P reads reviews, so MMCPR is shown without them too.
     if "R" in sweep.letters:
         command = sweep.pretraining("mmcpr", *choice.rate, "--modalities", "TVG")
         rows |= sweep.run_rows({"MMCPR without reviews": (command, choice.scale)},
@@ -143,7 +143,7 @@ def papers_recipe(sweep):
 
 
 def table2_columns(rows, label):
-    """Whose users each row starts from, its rate and scale, how alike its items are, and the
+    """Where each row's users come from, its rate and scale, how alike its items are, and the
     paper's value."""
     users, cosines = {}, {}
     for name, row in rows.items():
@@ -190,7 +190,7 @@ def table3(sweep):
     listed = []  # (row, flags of mmcpr.py, Choice)
     for name, flags in ablations.items():
         listed.append((name, flags, ours))
-        # MMCPR's rate need not suit it: then it would be the rate that costs, not the loss.
+        # MMCPR's rate may not suit a variant: then the rate would cost, not the missing loss.
         if chosen[name] != ours:
             listed.append((f"{name}, its own rate and scale", flags, chosen[name]))
     listed.append(("MMCPR", (), ours))
@@ -210,10 +210,10 @@ def table3(sweep):
 
 
 def scale_of_start(sweep):
-    """What is left of the gain where both starts have one scale, or the towers no training.
+    """What is left of the gain where both starts have one scale, or the towers are not trained.
 
-    Not trained, they still hand over averages over co-interaction neighbours and projected
-    contents, and not noise.
+    Untrained towers do not hand over noise: they still average over co-interaction neighbours and
+    project contents.
     """
     rate = choose(sweep, ["mmcpr"])["mmcpr"].rate
     ours = sweep.pretraining("mmcpr", *rate)
@@ -228,7 +228,7 @@ def scale_of_start(sweep):
     rows |= sweep.run_rows({"Random, at the RMS of MMCPR as is": (None, our_rms)}, "scale")
     rows |= control_rows(sweep)
     sweep.show("scale", table(sweep, "Scale of the start", rows))
-    # The curves without the ablation: they would hide each other.
+    # The ablation's curves are left out: with them the curves would hide each other.
     curves = {}
     for name, row in rows.items():
         if "CIMA" not in name:
@@ -239,9 +239,9 @@ def scale_of_start(sweep):
 
 
 def recipe(sweep):
-    """Validation Recall@20 of each of RECIPES after fine-tuning, the better scale; first seed.
+    """Validation Recall@20 of each of RECIPES after fine-tuning, at the better scale; first seed.
 
-    With all of the training data and a fifth of it. Test takes no part: a recipe is chosen here.
+    On all of the training data and on a fifth of it. Test is not shown: a recipe is chosen here.
     """
     sweep = replace(sweep, seeds=sweep.seeds[:1])
     wanted = {name: sweep.pretraining("mmcpr", *flags) for name, flags in RECIPES.items()}
@@ -261,7 +261,7 @@ def recipe(sweep):
 
 
 def dead_modalities(report):
-    """As "user G": the modalities of which mmcpr.py warns."""
+    """The modalities that mmcpr.py warns of, each as "user G"."""
     names = []
     for side, modalities in report["modalities"].items():
         for modality, state in modalities.items():
@@ -273,7 +273,7 @@ def dead_modalities(report):
 # --- Figures ------------------------------------------------------------------------------
 
 def curve(histories, key):
-    """(epochs, values: per epoch one of each seed), as far as all seeds go."""
+    """(epochs, values: per epoch one of each seed), up to the end of the shortest run."""
     epochs, values = [], []
     for points in zip(*histories):
         epochs.append(points[0]["epoch"])
@@ -290,7 +290,7 @@ def fig3(sweep):
             wanted[subset] = (command, choice.scale)  # all that there is: the cells of Table 2
         elif set(subset) < set(sweep.letters):
             wanted[subset] = ((*command, "--modalities", subset), choice.scale)
-    # Another item's contents tell items apart just as well, and say nothing about them.
+    # A control: another item's contents tell items apart just as well, but say nothing of them.
     if sweep.contents:
         flags = ("--modalities", sweep.contents, "--shuffle-contents")
         wanted[f"{sweep.contents} shuffled"] = ((*command, *flags), choice.scale)
@@ -354,7 +354,7 @@ def plot_attention(path, rows):
 
 
 def plot_training(path, rows):
-    """The pre-training of the first seed: single modalities, three or more, shuffled ones."""
+    """The pre-training of the first seed, of all rows but the pairs of modalities."""
     panels = {}
     for title, key in (("loss per positive (BCE)", "bce"), ("validation Recall@20", "recall@20")):
         curves = {}
@@ -374,7 +374,7 @@ def fig4(sweep):
     for reading in ("softmax", "bce"):
         for lam in ("0", "0.2", "0.4", "0.6", "0.8", "1"):
             # Without CIMA its reading does not matter: both curves start from the same cell.
-            # The default is not spelt out: a .csv names it as Table 2's does.
+            # The default λ is not spelt out, so that the .csv names the run as Table 2's does.
             flags = () if float(lam) == mmcpr.DEFAULTS["lam"] else ("--lam", lam)
             if reading == "bce" and lam != "0":
                 flags += ("--cima", "bce")
@@ -397,7 +397,7 @@ def fig4(sweep):
             weights, values = curves[reading]
             weights.append(lam)
             values.append(test_values(row, metric))
-        # They have no λ: a line from end to end.
+        # The controls have no λ: each is a line from end to end.
         for name, row in controls.items():
             curves[name] = ([0, 1], [test_values(row, metric)] * 2)
         panels[metric] = curves
@@ -405,7 +405,7 @@ def fig4(sweep):
 
 
 def bce_share(cell):
-    """The BCE reached, of that of item popularity alone."""
+    """The BCE that was reached, as a share of that of item popularity alone."""
     return cell["report"]["losses"]["bce"] / cell["report"]["popularity_loss"]
 
 
@@ -468,7 +468,7 @@ def check_arguments(args):
 
 
 def as_flags(options):
-    """{"min_count": 5} -> ["--min-count=5"]; None is a flag that is not given."""
+    """{"min_count": 5} -> ["--min-count=5"]; an option that is None is left out."""
     flags = []
     for name, value in options.items():
         if value is not None:
@@ -477,7 +477,7 @@ def as_flags(options):
 
 
 def changed_settings(args, data_options):
-    """What of data and features is not the default, as it stands in the titles."""
+    """The data and feature options that are not the default, as text for the titles."""
     text = ""
     for name, default in data.DATA_DEFAULTS.items():
         # The data's name stands in the title anyway, and where it lies does not matter.
@@ -503,7 +503,7 @@ def open_sweep(args):
                              (args.clip_model, args.clip_weights), "cpu")
     data_flags = as_flags(data_options | {"amazon_url": args.amazon_url})
     encoding_flags = as_flags({name: getattr(args, name) for name in ENCODING})
-    # Of the split and the features: cells of other data have other names.
+    # The hash of the split and the features gives cells of other data other names.
     fingerprint = run.run_id({}, parts, features.values())
     cells = Cells(data_flags, encoding_flags, fingerprint, folder, args.jobs)
     letters = "".join(letter for letter in "RTV" if letter in features) + "G"

@@ -1,7 +1,7 @@
-"""A sweep of runs on one data set: which it needs, what is chosen, and the text of its tables.
+"""A sweep of runs on one data set: the runs it needs, what is chosen, and the text of its tables.
 
-What every target of reproduce.py is made of. A row of a table is one system or variant, a cell for
-each seed (see cells.py).
+Every target of reproduce.py is made of these parts. A row of a table is one system or variant; it
+has a cell for each seed (see cells.py).
 """
 import csv
 from dataclasses import dataclass
@@ -21,22 +21,22 @@ SYSTEMS = {"Most popular": "popular", "Random": "random", "Constant": "constant"
            "Eq. 15 alone": "mf", "CLIP": "clip", "MMGCN": "mmgcn", "GPT-GNN": "gptgnn",
            "Graph-BERT": "graphbert", "PMGT": "pmgt", "GCN-P": "gcnp", "MMCPR": "mmcpr"}
 NO_CIMA = "w/o CIMA (λ = 0)"
-# What knows no content, no graph and no review.
+# The systems that know no content, no graph and no review.
 CONTROLS = ("Most popular", "Random", "Constant", "Eq. 15 alone")
 OTHERS = tuple(method for name, method in SYSTEMS.items() if name not in (*CONTROLS, "MMCPR"))
 GRID = ("1e-4", "1e-3", "1e-2")
 
-# Flags of finetune.py: the tables to start from as they are, or brought to a random start's RMS.
+# Flags of finetune.py: start from the tables as they are, or scaled to a random start's RMS.
 AS_IS, XAVIER = (), ("--scale", "xavier")
 SCALES = {"asis": AS_IS, "xavier": XAVIER}
-# The tables themselves are ranked: a popularity is no start.
+# The tables are ranked without fine-tuning: item popularity is no start to train from.
 NOT_TUNED = ("--layers", "0", "--epochs", "0")
 
 
 # --- Rows of cells ------------------------------------------------------------------------
 
 class Row(NamedTuple):
-    """One system or variant: its cells, a seed each, and what they found."""
+    """One system or variant: its cells, one for each seed, and what they found."""
     cells: list
     found: list
 
@@ -49,19 +49,19 @@ class Sweep:
     label: str              # the data set's name
     seeds: list
     rates: tuple            # learning rates to choose from, as they were typed
-    patience: int | None    # of mmcpr.py, in epochs; None: its own
-    settings: str           # what of data and features is not the default, for the titles
+    patience: int | None    # of mmcpr.py, in epochs; None: its default
+    settings: str           # data and feature options that are not the default, for the titles
     dataset: object         # of data.open_data
-    split_seed: int         # of the first seed's split
-    new_splits: bool        # whether the other seeds have other ones: --sample would draw anew
+    split_seed: int         # seed 0's; those of the other seeds count on from it
+    new_splits: bool        # whether seeds differ in it; not with --sample, which would draw anew
     letters: str            # the modalities that the data has, of RTVG
-    shares: list            # of the training interactions, of `regimes`
-    scales: list            # flags of finetune.py to choose from, for tables that were learned
+    shares: list            # shares of the training interactions, for `regimes`
+    scales: list            # flags of finetune.py to choose from, for tables that are handed over
     systems: dict           # {name: method} of table2 and the controls
 
     @property
     def contents(self):
-        """The letters without the graphs'."""
+        """The letters without G."""
         return self.letters.removesuffix("G")
 
     @property
@@ -75,10 +75,10 @@ class Sweep:
         return {"T", "V"} <= set(self.letters)
 
     def cell(self, pretraining, finetuning, seed, data_flags=()):
-        """A cell. Every seed has a split of its own, where any of it is drawn by us.
+        """A cell. Every seed has a split of its own, where we draw any part of the split.
 
-        Of published splits that is validation, where they have none, and what --keep and
-        --new-items leave out.
+        With a published split we draw the validation part, where it has none, and what --keep
+        and --new-items leave out.
         """
         labels = self.dataset.labels
         is_published = labels is not None and np.any(labels == data.VALID)
@@ -92,7 +92,7 @@ class Sweep:
             return None
         if system not in ("mmcpr", "mf"):
             return ("baselines.py", "--method", system, *flags)
-        # The other systems' patience counts steps, and stays theirs.
+        # Not for baselines.py: its patience counts steps, and keeps its default.
         if self.patience:
             flags += ("--patience", str(self.patience))
         # Matrix factorisation by the BCE of Eq. 15: tables of users and items, nothing else.
@@ -103,7 +103,7 @@ class Sweep:
     def run_rows(self, wanted, title, data_flags=()):
         """{name: (pretraining, finetuning)} -> {name: Row}.
 
-        Without the rows that the data has nothing for.
+        Rows that the data has nothing for are left out.
         """
         cells = []
         for pretraining, finetuning in wanted.values():
@@ -131,7 +131,7 @@ class Choice(NamedTuple):
 
 
 def scales_of(sweep, command):
-    """The flags of finetune.py to choose among for tables that a command makes."""
+    """The scales, flags of finetune.py, to choose among for the tables that a command makes."""
     if command is None:
         return (AS_IS,)
     if "popular" in command:
@@ -140,7 +140,7 @@ def scales_of(sweep, command):
 
 
 def validation_recall(found):
-    """What a cell is chosen by; what diverged, or has nothing to do, loses to anything."""
+    """What a cell is chosen by; one that diverged, or had nothing to do, loses to any other."""
     return found["finetune"]["valid"]["recall@20"] if found else -1
 
 
@@ -152,9 +152,9 @@ def choose(sweep, systems):
 def choose_variants(sweep, variants):
     """{name: Choice} of {name: (system, flag, ...)}.
 
-    Of all pairs of a rate and a scale the one with the best validation Recall@20 after
-    fine-tuning, on the first seed. What learns nothing has no rate, and a random start no other
-    scale.
+    Each name tries all pairs of a rate and a scale on the first seed and takes the pair with the
+    best validation Recall@20 after fine-tuning. A system that learns nothing has no rate, and a
+    random start has only one scale.
     """
     grid = []
     for name, (system, *_) in variants.items():
@@ -179,13 +179,13 @@ def choose_variants(sweep, variants):
 
 
 def scale_cells(sweep, command, data_flags=()):
-    """The first seed's cells of a pre-training among which validation chooses the scale."""
+    """The first seed's cells of a pre-training, one for each scale to choose from."""
     return [sweep.cell(command, scale, sweep.seeds[0], data_flags)
             for scale in scales_of(sweep, command)]
 
 
 def choose_scale(sweep, command, title, data_flags=()):
-    """One of scales_of, by the first seed's validation Recall@20 after fine-tuning."""
+    """The one of scales_of with the first seed's best validation Recall@20 after fine-tuning."""
     cells = scale_cells(sweep, command, data_flags)
     found = sweep.cells.run(cells, f"{title}: scale")
     best = int(np.argmax([validation_recall(outcome) for outcome in found]))
@@ -229,7 +229,7 @@ def difference(sweep, ours, other, metric):
 
 
 def gain(sweep, ours, other, metric):
-    """As "+5.1 % ± 1.2 (p = 0.002)": difference and standard error over the other's mean, p."""
+    """As "+5.1 % ± 1.2 (p = 0.002)": difference and its error, in % of the other's mean, and p."""
     found = difference(sweep, ours, other, metric)
     base = test_values(other, metric).mean()
     p = "p < 0.001" if found.p < 0.001 else f"p = {found.p:.3f}"
@@ -246,7 +246,7 @@ def gains_over_mmcpr(sweep, rows, name):
 
 
 def smallest_difference(sweep, rows):
-    """One line: what difference these users and seeds can tell from none."""
+    """One line: the smallest difference that these users and seeds can tell from none."""
     smallest = difference(sweep, rows["MMCPR"], rows["Random"], "recall@20").smallest
     share = smallest / test_values(rows["Random"], "recall@20").mean()
     return (f"The smallest difference to Random that these users and seeds tell from none: "
@@ -254,7 +254,7 @@ def smallest_difference(sweep, rows):
 
 
 def p_note(sweep):
-    """What ± and p mean, as it stands under a table."""
+    """The text under a table that says what ± and p mean."""
     if len(sweep.seeds) == 1:
         return ("± after a gain: the standard error of the difference, in percent of the other's "
                 "mean. p: paired bootstrap over users, uncorrected; what seeds differ by is not in "
@@ -270,7 +270,7 @@ def best_of(rows, metric):
 
 
 def title_of(sweep, name, rates=GRID):
-    """A table's title; it names what is not the default. rates: those it chooses from, if any."""
+    """A table's title, with what is not the default. rates: those the table chooses from."""
     title = f"# {name}, {sweep.label}, seeds {' '.join(map(str, sweep.seeds))}"
     if tuple(rates) != GRID:
         title += f", rates {' '.join(rates)}"
