@@ -162,7 +162,8 @@ def split_dataset(dataset, seed=0, valid=0.1, share=1.0, share_new=0.0):
 
 
 def published_split(dataset, seed, valid):
-    """The data's own labels; if none is VALID, a fraction `valid` of TRAIN becomes VALID."""
+    """The data's own labels. Where none is VALID, a fraction `valid` of TRAIN becomes VALID; where
+    `valid` is 0, VALID becomes TRAIN."""
     part = dataset.labels.copy()
     if valid == 0:
         part[part == VALID] = TRAIN
@@ -173,7 +174,8 @@ def published_split(dataset, seed, valid):
         _, one_each = np.unique(dataset.users[train], return_index=True)
         must_stay = np.zeros(len(part), bool)
         must_stay[train[one_each]] = True
-        part[hold_out(part, must_stay, valid, rng)] = VALID
+        held_out = hold_out(part, must_stay, valid, rng)
+        part[held_out] = VALID
     return part
 
 
