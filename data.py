@@ -331,17 +331,17 @@ def features(dataset, modalities, encoder="auto", data_dir=Path("data"), clip=CL
         if modality in dataset.ready and modality not in ready:
             name = dataset.ready[modality][0].name
             print(f"{what}: {name} is not used with --encoder {encoder}, but with --encoder auto")
-        contents = contents_of(dataset, modality)
+        contents = None
         if modality in ready:
             path, rows = ready[modality]
             table = np.load(path, mmap_mode="r", allow_pickle=False)[rows]
-            contents = None
-        elif contents is not None:
+        else:
+            contents = contents_of(dataset, modality)
+            if contents is None:
+                print(f"{what}: none in this data", flush=True)
+                continue
             table = encode.extract(dataset, what, contents, encoder, clip, data_dir,
                                    device=device, load=load_once)
-        else:
-            print(f"{what}: none in this data", flush=True)
-            continue
         is_missing = missing_rows(table)
         report_features(dataset, modality, table, is_missing, contents)
         if not is_missing.all():
@@ -548,6 +548,9 @@ def add_data_arguments(parser):
                        "(default: AMAZON_URL in amazon.py)")
 
 
+ENCODING = ("encoder", "clip_model", "clip_weights")  # the options of add_feature_arguments
+
+
 def add_feature_arguments(parser):
     """Adds the flags for the encoders."""
     group = parser.add_argument_group("features")
@@ -635,8 +638,7 @@ def main(argv=None):
     dataset, parts, data_options = open_data(args)
     features(dataset, "TVR", args.encoder, Path(data_options["data_dir"]),
              (args.clip_model, args.clip_weights), args.device)
-    names = ("encoder", "clip_model", "clip_weights")
-    encoding = {name: parser.get_default(name) for name in names}
+    encoding = {name: parser.get_default(name) for name in ENCODING}
     flags = data_flags(data_options) + changed_flags(vars(args), encoding)
     print(f"next: python mmcpr.py{flags}")
 

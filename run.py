@@ -516,9 +516,10 @@ class Checkpoint:
         self.results, self.training = [], None
         self.last_written, self.is_writing, self.stop_asked = time.time(), False, False
         self.handlers = {}
+        exists = False
         if path is not None:
             check_can_be_written(path, "it is this run's checkpoint; work in another folder")
-        exists = path is not None and Path(path).exists()
+            exists = Path(path).exists()
         if exists and resume:
             with self.readable():
                 state = torch.load(path, map_location="cpu", weights_only=True)

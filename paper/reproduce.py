@@ -72,8 +72,6 @@ PAPER = {"vg": (.1571, .1712, .1703, .1659, .1696, .1718, .1916, .1939),
 PAPER_ABLATION = {"vg": (.1898, .1729, .1939), "tg": (.1051, .0974, .1067),
                   "sharee": (.1316, .1143, .1392)}
 
-ENCODING = ("encoder", "clip_model", "clip_weights")
-
 
 # --- Tables -------------------------------------------------------------------------------
 
@@ -483,7 +481,7 @@ def changed_settings(args, data_options):
         # The data's name stands in the title anyway, and where it lies does not matter.
         if name not in ("data", "data_dir") and data_options[name] != default:
             text += f", {name.replace('_', ' ')} {data_options[name]}"
-    for name in ENCODING:
+    for name in data.ENCODING:
         if getattr(args, name) != arguments().get_default(name):
             text += f", {name.replace('_', ' ')} {getattr(args, name)}"
     return text
@@ -502,7 +500,7 @@ def open_sweep(args):
     features = data.features(dataset, "TVR", args.encoder, Path(data_options["data_dir"]),
                              (args.clip_model, args.clip_weights), "cpu")
     data_flags = as_flags(data_options | {"amazon_url": args.amazon_url})
-    encoding_flags = as_flags({name: getattr(args, name) for name in ENCODING})
+    encoding_flags = as_flags({name: getattr(args, name) for name in data.ENCODING})
     # The hash of the split and the features gives cells of other data other names.
     fingerprint = run.run_id({}, parts, features.values())
     cells = Cells(data_flags, encoding_flags, fingerprint, folder, args.jobs)
