@@ -10,6 +10,7 @@ import pytest
 import scipy.sparse as sp
 import torch
 
+import disk
 import mmcpr
 import run
 
@@ -75,8 +76,8 @@ def write_shop(folder, seed=0):
     np.save(folder / "item_image.npy", image.astype(np.float32))
     np.save(folder / "review.npy", review)
     named = [(f"u{u}", f"i{i}") for u, i in pairs]
-    run.write_csv(folder / "interactions.csv", ("user", "item"), named)
-    run.write_csv(folder / "items.csv", ("item",), [(f"i{i}",) for i in range(30)])
+    disk.write_csv(folder / "interactions.csv", ("user", "item"), named)
+    disk.write_csv(folder / "items.csv", ("item",), [(f"i{i}",) for i in range(30)])
 
 
 def call(main, *argv):

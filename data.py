@@ -23,6 +23,7 @@ import run  # before the libraries: from here on Ctrl-C ends in one line
 import numpy as np
 import scipy.sparse as sp
 
+import disk
 import encode
 import pictures
 from folders import TEST, TRAIN, VALID, keep, read_folder
@@ -241,7 +242,7 @@ def find_dataset(data, data_dir, modalities, contents, url, min_rating, may_make
         folder = data_dir / "demo"
         if may_make:
             import demo
-            run.make_folder(folder, {"generator": demo.DEMO_VERSION}, demo.write_demo)
+            disk.make_folder(folder, {"generator": demo.DEMO_VERSION}, demo.write_demo)
         check_is_made(folder, data)
         dataset = read_folder(folder, contents, min_rating)
         # Set here and not by the name: a user's own folder may be called demo too, and gets CLIP.
@@ -410,7 +411,7 @@ def save_embeddings(path, dataset, parts, user, item, meta):
     }
     if user is not None:
         arrays["user"] = np.asarray(user, np.float32)
-    run.write_file(path, lambda file: np.savez(file, **arrays))
+    disk.write_file(path, lambda file: np.savez(file, **arrays))
 
 
 ARRAYS = ("item", "item_ids", "user_ids", "meta", "fingerprint", "user")
@@ -418,7 +419,7 @@ ARRAYS = ("item", "item_ids", "user_ids", "meta", "fingerprint", "user")
 
 def load_embeddings(path):
     """The arrays of an emb.npz as a dict, meta decoded; InputError where it cannot be used."""
-    run.check_is_file(path)
+    disk.check_is_file(path)
     try:
         check_unpacked_size(path)
         with np.load(path, allow_pickle=False) as file:

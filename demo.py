@@ -10,7 +10,7 @@ import math
 import numpy as np
 from PIL import Image, ImageDraw
 
-from run import write_csv
+from disk import write_csv
 
 DEMO_VERSION = 1  # raise it when the shop changes, so that it is made anew
 

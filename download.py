@@ -21,7 +21,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from pictures import BadPicture, read_picture
-from run import InputError, check_is_file, disk_is_full, remove_leftovers, write_file
+from disk import check_is_file, remove_leftovers, write_file
+from run import InputError, disk_is_full
 
 # A connection is given up after SILENCE seconds without a byte. It is also given up when WINDOW
 # seconds have not brought a whole picture or, of a large file, WINDOW_BYTES.

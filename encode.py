@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-import run
+import disk
 from pictures import BadPicture, read_picture
 from run import InputError
 
@@ -194,7 +194,7 @@ def extract(dataset, what, contents, encoder, clip, data_dir, chunk=256, device=
         model = load(encoder, clip, device)
         fill_cache(path, model, dataset.folder, what, contents, encoder, chunk)
     remedy = "cut off or damaged: delete it and run the command again"
-    table = run.open_npy(path, remedy)
+    table = disk.open_npy(path, remedy)
     if table.dtype != np.float16 or table.ndim != 2 or len(table) != len(contents):
         raise InputError(f"{path}: {table.dtype} {table.shape}, not float16 with "
                          f"{len(contents):,} rows; {remedy}")
@@ -242,7 +242,7 @@ def picture_hashes(folder, names):
 
 def file_hash(path):
     """The hash of a file's contents; '' where there is none."""
-    run.check_is_file(path)
+    disk.check_is_file(path)
     digest = hashlib.sha256()
     try:
         with open(path, "rb") as file:
@@ -267,7 +267,7 @@ def fill_cache(path, model, folder, what, contents, encoder, chunk):
     header = npy_header((len(contents), width))
     row_bytes = 2 * width
     part = path.with_suffix(".part")
-    run.check_is_file(part)
+    disk.check_is_file(part)
     path.parent.mkdir(parents=True, exist_ok=True)
     n_done = 0
     if part.exists():

@@ -29,7 +29,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import checkpoints
 import data
+import disk
 import metrics
 import ops
 
@@ -196,7 +198,7 @@ def finetune(parts, init, args, seed, device="cpu", checkpoint=None):
     is LightGCN over the tables as given; it is evaluated too and can win.
     """
     started = time.time()
-    checkpoint = checkpoint or run.Checkpoint()
+    checkpoint = checkpoint or checkpoints.Checkpoint()
     train, has_valid = parts.train, parts.valid.nnz > 0
     training = start_training(parts, init, args, seed, device)
     model, optimizer = training.model, training.optimizer
@@ -306,7 +308,7 @@ def recommend(path, user, item, dataset, parts, top=20, all_seen=False):
                     if score > -np.inf:
                         writer.writerow((dataset.user_ids[u], rank, dataset.item_ids[i],
                                          f"{score:.6g}"))
-    run.write_file(path, write, "w")
+    disk.write_file(path, write, "w")
     print(f"wrote {path}")
 
 
@@ -326,7 +328,7 @@ def write_per_user(path, ranks, dataset, parts):
     arrays |= metrics.per_user(ranks, parts.test, KS)
     arrays |= {"user": of_user, "item_ids": dataset.item_ids[test.col],
                "item_train": item_degree[test.col], "rank": ranks}
-    run.write_file(path, lambda file: np.savez_compressed(file, **arrays))
+    disk.write_file(path, lambda file: np.savez_compressed(file, **arrays))
     print(f"wrote {path}")
 
 
@@ -346,7 +348,7 @@ def summarise(results, args, data_options):
 def write_metrics(args, results, data_options):
     if args.metrics:
         summary = summarise(results, args, data_options)
-        run.write_file(args.metrics, lambda file: json.dump(summary, file, indent=1), "w")
+        disk.write_file(args.metrics, lambda file: json.dump(summary, file, indent=1), "w")
         print(f"wrote {args.metrics}")
 
 
@@ -480,7 +482,7 @@ def arguments():
     add("--patience", type=run.positive, help="validations in a row that bring nothing")
     add("--device", type=run.device_name, default="auto")
     parser.set_defaults(**DEFAULTS)
-    run.add_checkpoint_arguments(parser)
+    checkpoints.add_checkpoint_arguments(parser)
     data.add_data_arguments(parser)
     return parser
 
@@ -490,7 +492,7 @@ def check_arguments(args):
         raise run.InputError("--lr must be above 0, --l2 at least 0, both finite")
     if len(set(args.seeds)) < len(args.seeds):
         raise run.InputError("--seeds names a seed twice")
-    run.check_outputs(outputs(args), [args.init])
+    disk.check_outputs(outputs(args), [args.init])
 
 
 def outputs(args):
@@ -514,7 +516,7 @@ def open_init_and_data(args):
     arrays, data_options = read_init(args)
     with run.main_process_first():
         dataset, parts, data_options = data.open_data(args, data_options, contents=False)
-        run.check_outputs(outputs(args), folder=dataset.folder)
+        disk.check_outputs(outputs(args), folder=dataset.folder)
     if arrays is not None:
         check_same_split(args.init, arrays, dataset, parts)
     return arrays, dataset, parts, data_options
@@ -531,8 +533,8 @@ def finetune_and_save(args):
         tables = [arrays[side] for side in ("user", "item") if side in arrays]
 
     options = data.training_options(args, "init")
-    path = f"finetune.{run.run_id(options, parts, tables)}.ckpt"
-    with run.Checkpoint(path, args.resume, args.checkpoint_every) as checkpoint:
+    path = f"finetune.{checkpoints.run_id(options, parts, tables)}.ckpt"
+    with checkpoints.Checkpoint(path, args.resume, args.checkpoint_every) as checkpoint:
         results = list(checkpoint.results)
         check_resumed_outputs(args, results)
         print_row(f"test, init {args.init}", METRIC_NAMES)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-import run
+import disk
 from run import InputError
 
 TRAIN, VALID, TEST = 0, 1, 2
@@ -87,7 +87,7 @@ def read_folder(folder, contents=True, min_rating=None):
 def describe(path):
     """A file's name and what it looks like, for a message."""
     if not path.is_file():
-        return f"{path.name}, {run.kind_of_file(path)}"
+        return f"{path.name}, {disk.kind_of_file(path)}"
     with open(path, "rb") as file:
         head = file.read(4096)
     line = head.decode("utf-8-sig", "replace").partition("\n")[0].strip()
@@ -363,7 +363,7 @@ def check_ids(path, name, values):
 @contextlib.contextmanager
 def open_text(path):
     """A UTF-8 file opened for reading, whose errors become InputError."""
-    run.check_is_file(path)
+    disk.check_is_file(path)
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             yield file
@@ -509,7 +509,7 @@ def check_features(path, n_rows, surplus=False):
 
     surplus: whether the file may have more than n_rows rows; the rest is ignored.
     """
-    array = run.open_npy(path, "save it again with numpy.save")
+    array = disk.open_npy(path, "save it again with numpy.save")
     is_float = array.dtype in (np.float16, np.float32, np.float64)
     if not is_float or array.ndim != 2 or not array.shape[1]:
         raise InputError(f"{path}: {array.dtype} {array.shape}; a feature file is a 2-d array "

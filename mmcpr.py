@@ -41,7 +41,9 @@ import torch.nn.functional as F
 from scipy.special import xlogy
 from torch import nn
 
+import checkpoints
 import data
+import disk
 import metrics
 import ops
 
@@ -425,7 +427,7 @@ def pretrain(parts, features, args, device="cpu", checkpoint=None):
     trained, it has the lowest CIMA loss on held-out items. Without validation it is the last one.
     """
     started = time.time()
-    checkpoint = checkpoint or run.Checkpoint()
+    checkpoint = checkpoint or checkpoints.Checkpoint()
     training = start_training(parts, features, args, device)
     model, popularity = training.model, popularity_loss(parts.train)
 
@@ -667,7 +669,7 @@ def arguments():
     add("--seed", type=run.non_negative, default=0)
     add("--device", type=run.device_name, default="auto")
     parser.set_defaults(**DEFAULTS)
-    run.add_checkpoint_arguments(parser)
+    checkpoints.add_checkpoint_arguments(parser)
     data.add_data_arguments(parser)
     data.add_feature_arguments(parser)
     return parser
@@ -680,13 +682,13 @@ def check_arguments(args):
             "--tau and --lr must be above 0, --weight-decay at least 0, all finite")
     if args.lam > 0 and args.batch < 2:
         raise run.InputError("--batch must be at least 2 for CIMA; or pass --lam 0")
-    run.check_outputs([args.out])
+    disk.check_outputs([args.out])
 
 
 def pretrain_and_save(args):
     with run.main_process_first():
         dataset, parts, data_options = data.open_data(args, modalities=args.modalities)
-        run.check_outputs([args.out], [args.clip_weights], dataset.folder)
+        disk.check_outputs([args.out], [args.clip_weights], dataset.folder)
         features = data.features(dataset, args.modalities, args.encoder,
                                  Path(data_options["data_dir"]),
                                  (args.clip_model, args.clip_weights), args.device)
@@ -699,8 +701,8 @@ def pretrain_and_save(args):
     dataset.texts = dataset.images = dataset.reviews = None
 
     options = data.training_options(args)
-    path = f"{args.out}.{run.run_id(options, parts, features.values())}.ckpt"
-    with run.Checkpoint(path, args.resume, args.checkpoint_every) as checkpoint:
+    path = f"{args.out}.{checkpoints.run_id(options, parts, features.values())}.ckpt"
+    with checkpoints.Checkpoint(path, args.resume, args.checkpoint_every) as checkpoint:
         user, item, report = pretrain(parts, features, args, args.device, checkpoint)
         versions = {"python": platform.python_version(), "numpy": np.__version__,
                     "torch": torch.__version__}

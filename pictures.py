@@ -14,6 +14,7 @@ import warnings
 import numpy as np
 from PIL import Image
 
+import disk
 import run
 
 MAX_PIXELS = 1 << 26  # 67 megapixels; a larger picture is left out
@@ -63,7 +64,7 @@ def read_bytes(file):
     if hasattr(file, "read"):
         content = file.read()
     else:
-        run.check_is_file(file)
+        disk.check_is_file(file)
         try:
             with open(file, "rb") as opened:
                 content = opened.read(MAX_FILE_BYTES + 1)

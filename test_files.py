@@ -34,8 +34,10 @@ import torch
 from PIL import Image, ImageOps
 
 import amazon
+import checkpoints
 import data
 import demo
+import disk
 import download
 import encode
 import finetune
@@ -580,7 +582,7 @@ def test_new_items_are_a_share_of_the_whole_catalogue(tmp_path):
     write_shop(tmp_path / "shop")
     for path in tmp_path.glob("shop/*.npy"):
         path.unlink()
-    run.write_csv(tmp_path / "shop/items.csv", ("item",), [(f"i{i}",) for i in range(300)])
+    disk.write_csv(tmp_path / "shop/items.csv", ("item",), [(f"i{i}",) for i in range(300)])
     parts = data.split_dataset(data.load(str(tmp_path / "shop")), share_new=0.1)
     assert len(parts.new_items) == 30 and parts.new_items.max() >= 30
 
@@ -925,7 +927,7 @@ def test_damaged_cache_is_named(tmp_path, capsys):
 def test_full_disk_leaves_the_earlier_file(tmp_path, capsys, monkeypatch, step):
     """Wherever writing fails, the earlier file is intact and no temporary one stays."""
     path = tmp_path / "a.csv"
-    run.write_file(path, lambda file: file.write("earlier"), "w")
+    disk.write_file(path, lambda file: file.write("earlier"), "w")
     if step != "write":
         monkeypatch.setattr(os, step, no_space)
 
@@ -934,7 +936,7 @@ def test_full_disk_leaves_the_earlier_file(tmp_path, capsys, monkeypatch, step):
         if step == "write":
             no_space()
 
-    assert run.cli(lambda argv: run.write_file(path, fill, "w")) == 2
+    assert run.cli(lambda argv: disk.write_file(path, fill, "w")) == 2
     assert "the disk is full" in only_error(capsys)
     assert list(tmp_path.iterdir()) == [path]
     assert path.read_text() == "earlier"
@@ -959,13 +961,13 @@ def test_pictures_survive_an_interrupted_renewal(tmp_path, monkeypatch):
 
     for step in range(1, 20):
         folder, steps_left = tmp_path / str(step) / "Tiny", step
-        run.make_folder(folder, {"version": 1}, write_old)
+        disk.make_folder(folder, {"version": 1}, write_old)
         with monkeypatch.context() as patch:
-            for module, name in ((os, "rename"), (os, "replace"), (run.shutil, "rmtree")):
+            for module, name in ((os, "rename"), (os, "replace"), (disk.shutil, "rmtree")):
                 patch.setattr(module, name, interrupted(getattr(module, name)))
             with contextlib.suppress(KeyboardInterrupt):
-                run.make_folder(folder, {"version": 2}, write_new)
-        run.make_folder(folder, {"version": 2}, write_new)
+                disk.make_folder(folder, {"version": 2}, write_new)
+        disk.make_folder(folder, {"version": 2}, write_new)
         assert (folder / "images" / "a.jpg").exists()
         assert (folder / "items.csv").read_text() == "new"
         if steps_left > 0:
@@ -1598,7 +1600,7 @@ def test_clip_without_weights_is_refused(tmp_path, capsys):
     assert "--clip-weights FILE" in only_error(capsys)
 
 
-# --- run.py: what is the user's, and what was computed, is not lost ------------------------
+# --- disk.py: what is the user's, and what was computed, is not lost -----------------------
 
 @pytest.mark.parametrize("main, flag", [
     (mmcpr.main, "--out"), (finetune.main, "--out"), (finetune.main, "--metrics"),
@@ -1644,7 +1646,7 @@ def test_output_beside_the_data_may_be_renewed(tmp_path, monkeypatch):
 @pytest.mark.parametrize("main, out", [(mmcpr.main, "e.npz"), (finetune.main, "f.npz")])
 def test_full_disk_at_the_last_write(trained, capsys, monkeypatch, main, out):
     """The numbers are printed, the run is kept, and --resume writes what was not written."""
-    real = run.write_file
+    real = disk.write_file
 
     def full(path, write, mode="wb"):
         if Path(path).name == out:
@@ -1653,7 +1655,7 @@ def test_full_disk_at_the_last_write(trained, capsys, monkeypatch, main, out):
     flags = ("--data", "shop", "--epochs", 2, "--eval-every", 1, "--out", out)
     capsys.readouterr()
     with monkeypatch.context() as patch:
-        patch.setattr(run, "write_file", full)
+        patch.setattr(disk, "write_file", full)
         assert call(main, *flags) == 2
     printed, err = capsys.readouterr()
     assert ("validation Recall@20" if main is mmcpr.main else "seed 0, epoch") in printed
@@ -1676,7 +1678,7 @@ def test_file_that_another_program_has_open(tmp_path, monkeypatch):
         real(source, target)
     monkeypatch.setattr(os, "replace", locked)
     with pytest.raises(run.InputError, match="another program may have it open.*emb.npz.new"):
-        run.write_file(path, lambda file: file.write(b"computed"))
+        disk.write_file(path, lambda file: file.write(b"computed"))
     assert path.read_bytes() == b"earlier"
     assert (tmp_path / "emb.npz.new").read_bytes() == b"computed"
     assert len(list(tmp_path.iterdir())) == 2
@@ -1689,7 +1691,7 @@ def test_leftovers_of_killed_runs_are_swept(tmp_path):
         (tmp_path / name).touch()
     for name in names[1:]:
         os.utime(tmp_path / name, (time.time() - 7200,) * 2)
-    run.check_outputs([tmp_path / "e.npz"])
+    disk.check_outputs([tmp_path / "e.npz"])
     assert {path.name for path in tmp_path.iterdir()} == {names[0], names[2]}
 
 
@@ -2221,16 +2223,16 @@ def test_what_is_no_file_is_refused_at_once(tmp_path, capsys, name, kind):
 def test_checkpoint_that_is_no_file(tmp_path, resume):
     make_other(tmp_path / "a.ckpt", "pipe")
     with pytest.raises(InputError, match="a.ckpt: a pipe, where a file is expected"):
-        run.Checkpoint(tmp_path / "a.ckpt", resume)
+        checkpoints.Checkpoint(tmp_path / "a.ckpt", resume)
 
 
 def test_checkpoint_in_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
     """Said before the work, not at the first checkpoint; root may write anywhere."""
     def refuse(**options):
         raise PermissionError
-    monkeypatch.setattr(run.tempfile, "TemporaryFile", refuse)
+    monkeypatch.setattr(disk.tempfile, "TemporaryFile", refuse)
     with pytest.raises(InputError, match="cannot be written; it is this run's checkpoint"):
-        run.Checkpoint(tmp_path / "a.ckpt")
+        checkpoints.Checkpoint(tmp_path / "a.ckpt")
 
 
 def test_cached_features_of_another_shape(tmp_path, capsys):
@@ -2869,7 +2871,7 @@ def test_folder_of_the_user_is_not_written_to(tmp_path, files):
     put(tmp_path / "Tiny", files)
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(InputError, match="Tiny: was not made here"):
-        run.make_folder(tmp_path / "Tiny", KEY, write_new)
+        disk.make_folder(tmp_path / "Tiny", KEY, write_new)
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -2888,7 +2890,7 @@ def test_users_data_is_not_written_over(tmp_path, capsys, data_name, path):
 def test_empty_folder_is_filled(tmp_path, files):
     (tmp_path / "Tiny").mkdir()
     put(tmp_path / "Tiny", files)
-    run.make_folder(tmp_path / "Tiny", KEY, write_new)
+    disk.make_folder(tmp_path / "Tiny", KEY, write_new)
     assert (tmp_path / "Tiny" / "items.csv").read_text() == "new"
 
 
@@ -2912,11 +2914,11 @@ def test_interrupted_first_preparation_locks_nobody_out(tmp_path, monkeypatch):
             patch.setattr(os, "replace", kill_after(steps, os.replace))
             patch.setattr(os, "rename", kill_after(steps, os.rename))
             try:
-                run.make_folder(folder, KEY, write_new)
+                disk.make_folder(folder, KEY, write_new)
                 break
             except Killed:
                 pass
-        run.make_folder(folder, KEY, write_new)
+        disk.make_folder(folder, KEY, write_new)
         assert json.loads((folder / "source.json").read_text()) == KEY
         assert (folder / "items.csv").read_text() == "new"
     assert step == 4
@@ -2943,7 +2945,7 @@ def test_what_a_killed_preparation_has_left_is_removed(tmp_path):
         put(folder, {"Tiny/items.csv": "x"})
     os.utime(left, (0, 0))
     os.utime(users_own, (0, 0))
-    run.make_folder(tmp_path / "Tiny", KEY, write_new)
+    disk.make_folder(tmp_path / "Tiny", KEY, write_new)
     assert not left.exists() and young.exists() and users_own.exists()
 
 
@@ -3263,7 +3265,7 @@ def test_made_folder_on_another_disk(tmp_path, monkeypatch):
         raise OSError(errno.EXDEV, "Invalid cross-device link", str(source))
     monkeypatch.setattr(os, "rename", other_disk)
     for content in ("old", "new"):
-        run.make_folder(tmp_path / "made", {"key": content},
+        disk.make_folder(tmp_path / "made", {"key": content},
                         lambda folder: put(folder, {"images/a.txt": content, "b.csv": content}))
         assert (tmp_path / "made/images/a.txt").read_text() == content
         assert (tmp_path / "made/b.csv").read_text() == content
@@ -3292,7 +3294,7 @@ def test_pipe_in_the_place_of_refused_txt(tmp_path):
 def test_leftovers_in_folders_of_ours_are_swept(tmp_path):
     put(tmp_path, {"images/.a.jpg.1.tmp": "", "images/a.jpg": "", "images/.b.jpg.1.tmp": ""})
     os.utime(tmp_path / "images/.a.jpg.1.tmp", (1, 1))
-    run.remove_leftovers(tmp_path / "images")
+    disk.remove_leftovers(tmp_path / "images")
     assert {path.name for path in (tmp_path / "images").iterdir()} == {"a.jpg", ".b.jpg.1.tmp"}
 
 

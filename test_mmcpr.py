@@ -20,13 +20,14 @@ import scipy.sparse as sp
 import torch
 import torch.nn.functional as F
 
+import checkpoints
 import data
+import disk
 import finetune
 import folders
 import metrics
 import mmcpr
 import ops
-import run
 from conftest import HERE, ONE_THREAD, QUICK, binary, call, matrix_of, shop, write_shop
 
 # A GPU adds up in another order each time.
@@ -865,7 +866,7 @@ def test_data_that_has_none_of_the_modalities_asked_for(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     pairs, _, _ = shop(np.random.default_rng(0))
     (tmp_path / "bare").mkdir()
-    run.write_csv(tmp_path / "bare/interactions.csv", ("user", "item"), pairs)
+    disk.write_csv(tmp_path / "bare/interactions.csv", ("user", "item"), pairs)
     assert call(mmcpr.main, "--data", "bare", "--modalities", "R", *QUICK) == 0
     assert call(finetune.main, "--init", "emb.npz", "--epochs", 0) == 0
     assert call(mmcpr.main, "--data", "bare", "--lam", 1, *QUICK) == 2
@@ -1111,7 +1112,7 @@ def test_outputs_are_checked_before_the_work(tmp_path, capsys, monkeypatch, main
 def test_link_stays_a_link(tmp_path):
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "link").symlink_to("elsewhere/file")
-    run.write_file(tmp_path / "link", lambda file: file.write(b"new"))
+    disk.write_file(tmp_path / "link", lambda file: file.write(b"new"))
     assert (tmp_path / "link").is_symlink()
     assert (tmp_path / "elsewhere/file").read_bytes() == b"new"
 
@@ -1310,7 +1311,7 @@ def test_resuming_is_promised_only_where_a_checkpoint_lies(interrupted, capsys, 
     # Interrupted in the first step of mmcpr.py's first epoch there is nothing to go on from; in
     # fine-tuning there is epoch 0, so there the writing is prevented.
     if main is finetune.main:
-        monkeypatch.setattr(run.Checkpoint, "write", lambda self: None)
+        monkeypatch.setattr(checkpoints.Checkpoint, "write", lambda self: None)
     interrupted(main, *TWO_EPOCHS, after=1)
     assert "no checkpoint yet; the same command starts anew" in capsys.readouterr().err
     assert not list(Path().glob("*.ckpt"))
@@ -1330,7 +1331,7 @@ def test_ctrl_c_in_the_first_epoch_leaves_an_earlier_checkpoint_alone(interrupte
 @pytest.mark.parametrize("n", [1, 2, 3, 5, 9])
 def test_ctrl_c_while_a_checkpoint_is_written(trained, capsys, monkeypatch, n):
     """torch.save takes what is raised in it for its own: the signal waits until it is done."""
-    real, calls = run.write_file, []
+    real, calls = disk.write_file, []
 
     def write_file(path, write, mode="wb"):
         def interrupted_write(file):
@@ -1345,7 +1346,7 @@ def test_ctrl_c_while_a_checkpoint_is_written(trained, capsys, monkeypatch, n):
                     file.flush()
             write(Slow() if str(path).endswith(".ckpt") else file)
         real(path, interrupted_write, mode)
-    monkeypatch.setattr(run, "write_file", write_file)
+    monkeypatch.setattr(disk, "write_file", write_file)
     flags = ("--data", "shop", *QUICK, "--epochs", 50, "--checkpoint-every", 0, "--out", "e.npz")
     assert call(mmcpr.main, *flags) == 2
     assert "interrupted" in capsys.readouterr().err and list(Path().glob("*.ckpt"))

@@ -41,6 +41,7 @@ from torch import nn
 from tqdm import tqdm
 
 import data
+import disk
 import finetune
 import metrics
 import mmcpr
@@ -1147,7 +1148,7 @@ def open_features(args):
     """(dataset, parts, data options, features) of a command line; reviews are pooled per user."""
     modalities = needed_modalities(args)
     dataset, parts, data_options = data.open_data(args, modalities=modalities)
-    run.check_outputs([args.out], folder=dataset.folder)
+    disk.check_outputs([args.out], folder=dataset.folder)
     clip_options = (args.clip_model, args.clip_weights)
     features = data.features(dataset, modalities, args.encoder, Path(data_options["data_dir"]),
                              clip_options, "cpu")
@@ -1271,7 +1272,7 @@ def check_arguments(args):
     if args.dim % n_heads:
         raise run.InputError(f"--dim {args.dim}: {args.method} has {n_heads} attention heads; "
                              "choose a multiple of that")
-    run.check_outputs([args.out])
+    disk.check_outputs([args.out])
 
 
 def main(argv=None):

@@ -37,6 +37,7 @@ import scipy.sparse as sp
 import torch
 
 import data
+import disk
 import finetune
 import metrics
 import mmcpr
@@ -116,8 +117,8 @@ def write_generated(name, folder):
     """Writes the generated set into the new `folder`: a data set (README), features as float16."""
     graph = generate(*SIZES[name])
     pairs = zip(graph.users.tolist(), graph.items.tolist())
-    run.write_csv(folder / "interactions.csv", ("user", "item"), pairs)
-    run.write_csv(folder / "items.csv", ("item",), zip(range(len(graph.item_shelf))))
+    disk.write_csv(folder / "interactions.csv", ("user", "item"), pairs)
+    disk.write_csv(folder / "items.csv", ("item",), zip(range(len(graph.item_shelf))))
     features = generate_features(graph)
     write_half(folder / "item_text.npy", features["T"])
     write_half(folder / "item_image.npy", features["V"])
@@ -126,7 +127,7 @@ def write_generated(name, folder):
 
 
 def write_half(path, rows):
-    run.write_file(path, lambda file: np.save(file, rows.astype(np.float16)))
+    disk.write_file(path, lambda file: np.save(file, rows.astype(np.float16)))
 
 
 def open_set(name):
@@ -763,7 +764,7 @@ def main(argv=None):
             raise run.InputError("--write writes one generated set: "
                                  "pass --data vg or --data tg")
         name = args.data[0]
-        run.make_folder(args.write, {"generated": name}, lambda to: write_generated(name, to))
+        disk.make_folder(args.write, {"generated": name}, lambda to: write_generated(name, to))
         print(f"wrote {args.write}; next: python mmcpr.py --data {shlex.quote(str(args.write))}")
         return
     bandwidth, rate = machine(args.device)

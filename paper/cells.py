@@ -26,6 +26,7 @@ import numpy as np
 from tqdm import tqdm
 
 import data
+import disk
 import finetune
 import mmcpr
 from paper import baselines
@@ -187,7 +188,7 @@ class Cells:
         self.cells_folder.mkdir(parents=True, exist_ok=True)
         self.tables_folder.mkdir(parents=True, exist_ok=True)
         for used_folder in (self.folder, self.cells_folder, self.tables_folder):
-            run.remove_leftovers(used_folder)
+            disk.remove_leftovers(used_folder)
         self.parsers = {script: module.arguments() for script, module in MODULES.items()}
         self.used = {}  # what the present target has asked for
 
@@ -352,7 +353,7 @@ class Cells:
     def write(self, cell, outcome):
         def write_json(file):
             json.dump(outcome, file, indent=1)
-        run.write_file(self.cell_path(cell), write_json, "w")
+        disk.write_file(self.cell_path(cell), write_json, "w")
 
     def read(self, cell, may_diverge):
         """What run returns for a cell that is there."""

@@ -19,6 +19,7 @@ import run  # before the libraries: from here on Ctrl-C ends in one line
 from tqdm import tqdm
 
 import data
+import disk
 import finetune
 from paper.figures import draw_lines, plot
 
@@ -48,7 +49,7 @@ def train_and_write(args):
     def write(points):
         found = {"data": data_options, "init": args.init, "scale": args.scale,
                  "seed": args.seeds[0], "points": points}
-        run.write_file(args.metrics, lambda file: json.dump(found, file, indent=1), "w")
+        disk.write_file(args.metrics, lambda file: json.dump(found, file, indent=1), "w")
 
     train(parts, arrays, args, write)
     print(f"wrote {args.metrics}; next: python -m paper.epochs --figure epochs.png "
@@ -105,7 +106,7 @@ def main(argv=None):
     if args.figure:
         if not args.curves:
             raise run.InputError("--figure draws the files that follow it; name some")
-        run.check_outputs([args.figure], args.curves)
+        disk.check_outputs([args.figure], args.curves)
         draw(args.figure, args.curves)
         return
     check_arguments(args, parser)

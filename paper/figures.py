@@ -1,7 +1,7 @@
 """Figures with matplotlib: panels side by side, error bars over seeds, into a PNG."""
-import run  # before the libraries: from here on Ctrl-C ends in one line
-
 import numpy as np
+
+import disk
 
 
 def means_and_bars(values):
@@ -67,5 +67,5 @@ def open_figure(n_panels, width, n_columns):
 
 def save_figure(path, figure):
     from matplotlib import pyplot
-    run.write_file(path, lambda file: figure.savefig(file, format="png", dpi=120))
+    disk.write_file(path, lambda file: figure.savefig(file, format="png", dpi=120))
     pyplot.close(figure)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import run  # before the libraries: from here on Ctrl-C ends in one line
 
+import disk
 from paper.figures import means_and_bars, open_figure, save_figure
 
 COLUMNS = {"pretraining", "finetuning", "data", "seed", "valid recall@20", "recall@20"}
@@ -98,7 +99,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     results = Path(args.results)
     path = results / "map.png"
-    run.check_outputs([path])
+    disk.check_outputs([path])
     draw(path, {name: read_curves(results / name / "regimes.csv") for name in args.data})
     print(f"wrote {path}")
 

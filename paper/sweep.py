@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import run  # before the libraries: from here on Ctrl-C ends in one line
-
 import numpy as np
 
 import data
+import disk
 from finetune import METRIC_NAMES
 from paper import baselines, compare
 from paper.cells import Cell, Cells
@@ -121,7 +120,7 @@ class Sweep:
     def show(self, name, lines):
         """Prints Markdown, and keeps it as <name>.md."""
         text = "\n".join(lines) + "\n"
-        run.write_file(self.folder / f"{name}.md", lambda file: file.write(text), "w")
+        disk.write_file(self.folder / f"{name}.md", lambda file: file.write(text), "w")
         print(f"\n{text}", flush=True)
 
 
@@ -348,4 +347,4 @@ def write_runs(path, used):
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(header)
         writer.writerows(rows)
-    run.write_file(path, write, "w")
+    disk.write_file(path, write, "w")
