@@ -486,6 +486,7 @@ def make_report(training, parts, user, item, progress):
         "alignment": alignment(model, pairs) | {"held_out": is_held_out},
         "valid": {"recall@20": recall},
         "rms": {"user": rms(user), "item": rms(item), "all": rms(torch.cat([user, item]))},
+        "shared_ranking": shared_ranking(user, item),
         "history": progress["history"]}
 
 
@@ -546,6 +547,19 @@ def popularity_loss(R):
 
 def rms(x):
     return x.square().mean().sqrt().item()
+
+
+def shared_ranking(user, item):
+    """The share of the scores' variance that is between items: 1 if all users rank alike.
+
+    user [n_users, d], item [n_items, d]. The scores user @ item.T are not written out: their sum
+    of squares is that of the entries of (user^T user) * (item^T item).
+    """
+    user, item = user.double(), item.double()
+    item_means = item @ user.mean(0)                                                # [n_items]
+    second_moment = ((user.T @ user) * (item.T @ item)).sum() / (len(user) * len(item))
+    variance = second_moment - item_means.mean().square()
+    return (item_means.var(correction=0) / variance).item()
 
 
 @torch.no_grad()
@@ -611,6 +625,7 @@ def print_report(report):
         print(f"validation Recall@20 of the tables themselves {recall:.4f}")
     entries = ", ".join(f"{table} {value:.3f}" for table, value in report["rms"].items())
     print(f"RMS of the entries: {entries}")
+    print(f"of the scores' variance {report['shared_ranking']:.2f} is one ranking for all users")
 
 
 def is_dead(state):

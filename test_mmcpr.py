@@ -543,6 +543,15 @@ def test_reported_bce_is_per_positive_whatever_the_last_block(batch):
     assert report["losses"]["bce"] == pytest.approx(plain.item(), rel=1e-5)
 
 
+def test_shared_ranking_is_the_variance_between_items():
+    user, item = torch.randn(30, 4) + 1, torch.randn(20, 4)
+    scores = (user @ item.T).double().numpy()
+    want = scores.mean(0).var() / scores.var()
+    assert 0.1 < want < 0.9
+    assert mmcpr.shared_ranking(user, item) == pytest.approx(want, rel=1e-5)
+    assert mmcpr.shared_ranking(user[:1].expand(30, 4), item) == pytest.approx(1)
+
+
 def test_alignment_of_collapsed_towers_is_no_success():
     """Where all vectors are one, every image ties with the true one: text finds nothing."""
     model, _ = small_model(np.random.default_rng(18))

@@ -63,6 +63,7 @@ RECIPES = {"the paper's: lr 1e-3, c = 0, no bias": THE_PAPERS,
            "lr 1e-3, c = 2": ("--lr", "1e-3"),
            "lr 1e-2, c = 0": ("--weight-decay", "0"),
            "lr 1e-2, c = 2, the default": (),
+           "lr 1e-2, c = 2, no bias": ("--bias", "none"),
            "lr 1e-2, c = 6": ("--weight-decay", "6")}
 RECIPE_SHARES = {"1": (), ".2": ("--keep", ".2")}  # flags of the data
 
