@@ -25,6 +25,9 @@ CONTROLS = ("Most popular", "Random", "Constant", "Eq. 15 alone")
 OTHERS = tuple(method for name, method in SYSTEMS.items() if name not in (*CONTROLS, "MMCPR"))
 GRID = ("1e-4", "1e-3", "1e-2")
 
+# Flags of mmcpr.py: the recipe that the paper names.
+THE_PAPERS = ("--lr", "1e-3", "--weight-decay", "0", "--bias", "none")
+
 # Flags of finetune.py: start from the tables as they are, or scaled to a random start's RMS.
 AS_IS, XAVIER = (), ("--scale", "xavier")
 SCALES = {"asis": AS_IS, "xavier": XAVIER}

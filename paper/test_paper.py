@@ -35,7 +35,7 @@ import metrics
 import mmcpr
 import ops
 import run
-from paper import baselines, bench, compare, epochs, map, reproduce
+from paper import baselines, bench, compare, epochs, map, regimes, reproduce
 from paper.cells import Cell, Cells
 from paper.sweep import Sweep
 from conftest import HERE, binary, call, shop, write_shop
@@ -1135,8 +1135,8 @@ def files_made():
 def test_all_tables_and_figures_are_made(all_targets):
     """They stand in files and on the screen; a second call runs nothing and makes the same."""
     sweep, out = all_targets
-    for name in ("table1", "table2", "table3", "fig3", "fig4", "scale", "regimes", "new-items",
-                 "recipe"):
+    for name in ("table1", "table2", "table3", "fig3", "fig4", "scale", "regimes",
+                 "paper-recipe", "new-items", "recipe"):
         assert (FOLDER / f"{name}.md").read_text().strip() in out
     for name in ("fig3", "fig4", "training", "attention", "scale", "regimes", "who"):
         assert Image.open(FOLDER / f"{name}.png").size[0] > 300
@@ -1276,7 +1276,7 @@ def test_recipes_are_compared_on_validation_by_the_better_scale(all_targets):
         runs = list(csv.DictReader(file))
     # Of each share and recipe the first seed at both scales, the second at the chosen one.
     assert len(runs) == 2 * 3 * len(reproduce.RECIPES)
-    for share, data_flags in reproduce.RECIPE_SHARES.items():
+    for share, data_flags in regimes.TWO_SHARES.items():
         for name, flags in reproduce.RECIPES.items():
             found = {"0": {}, "1": {}}
             for run in runs:
@@ -1441,13 +1441,13 @@ def test_rates_that_are_none(sweep, rate):
 
 def test_rate_and_scale_of_a_row_are_its_cells(all_targets):
     """Of the rows that Table 2 adds to the systems, too."""
-    for name, flags in (("MMCPR, the paper's recipe", ["--bias", "none"]),
+    for name, flags in (("MMCPR, the paper's recipe", ["mmcpr.py", *reproduce.THE_PAPERS]),
                         ("MMCPR without reviews", ["--modalities", "TVG"]),
                         ("Random at the RMS of MMCPR as is", [])):
         found = {}
         for cell in usual_cells():
             command = cell["pretraining"] or []
-            if command[-2:] == flags:
+            if command[-len(flags):] == flags:
                 rate = command[command.index("--lr") + 1] if command else ""
                 scale = " ".join(cell["finetuning"]).removeprefix("--scale ") or "as is"
                 recall = cell["finetune"]["test"]["recall@20"]
