@@ -246,22 +246,25 @@ def recipe(sweep):
     wanted = {name: sweep.pretraining("mmcpr", *flags) for name, flags in RECIPES.items()}
     rows_at = run_starts(sweep, wanted, "recipes", TWO_SHARES)
     lines = [title_of(sweep, "Recipes"), "",
-             "| share | recipe | valid recall@20 | by seed | scale | pre-training epochs | dead |",
-             "|---" * 7 + "|"]
+             "| share | recipe | valid recall@20 | by seed | scale | pre-training epochs | "
+             "one ranking | dead |", "|---" * 8 + "|"]
     for share, rows in rows_at.items():
         for name, row in rows.items():
-            recalls, by_seed, epochs, dead = [], [], [], set()
+            recalls, by_seed, epochs, shared, dead = [], [], [], [], set()
             for found in row.found:
+                report = found["report"]
                 recalls.append(validation_recall(found))
                 by_seed.append(f"{recalls[-1]:.4f}")
-                epochs.append(str(found["report"]["epoch"]))
-                dead.update(dead_modalities(found["report"]))
+                epochs.append(str(report["epoch"]))
+                shared.append(report["shared_ranking"])
+                dead.update(dead_modalities(report))
             texts = [share, name, f"{np.mean(recalls):.4f}", " ".join(by_seed),
                      scale_name(row.cells[0].finetuning), " ".join(epochs),
-                     ", ".join(sorted(dead))]
+                     f"{np.mean(shared):.2f}", ", ".join(sorted(dead))]
             lines.append("| " + " | ".join(texts) + " |")
-    lines += ["", f"dead: modalities whose attention or variance is below {mmcpr.DEAD:g} in any "
-                  "seed."]
+    lines += ["", "one ranking: the part of the scores' variance that is the same for all users, "
+                  "of the tables as they are handed over; dead: modalities whose attention or "
+                  f"variance is below {mmcpr.DEAD:g} in any seed."]
     sweep.show("recipe", lines)
 
 
