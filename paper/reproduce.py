@@ -56,7 +56,7 @@ UNTRAINED = ("--lr", "1e-9", "--epochs", "1", "--eval-every", "1")
 # What Table 3 leaves out, as flags of mmcpr.py.
 ABLATIONS = {NO_CIMA: ("--lam", "0"), "w/o BCE (λ = 1)": ("--lam", "1")}
 
-# The recipes that MMCPR's was chosen from, as flags of mmcpr.py; c is --weight-decay.
+# The recipes that are compared with the default, as flags of mmcpr.py; c is --weight-decay.
 RECIPES = {"the paper's: lr 1e-3, c = 0, no bias": THE_PAPERS,
            "lr 1e-3, c = 0": ("--lr", "1e-3", "--weight-decay", "0"),
            "lr 1e-3, c = 2": ("--lr", "1e-3"),
