@@ -559,6 +559,8 @@ def shared_ranking(user, item):
     item_means = item @ user.mean(0)                                                # [n_items]
     second_moment = ((user.T @ user) * (item.T @ item)).sum() / (len(user) * len(item))
     variance = second_moment - item_means.mean().square()
+    if variance <= 0:  # all scores are the same
+        return 1.0
     return (item_means.var(correction=0) / variance).item()
 
 

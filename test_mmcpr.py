@@ -550,6 +550,7 @@ def test_shared_ranking_is_the_variance_between_items():
     assert 0.1 < want < 0.9
     assert mmcpr.shared_ranking(user, item) == pytest.approx(want, rel=1e-5)
     assert mmcpr.shared_ranking(user[:1].expand(30, 4), item) == pytest.approx(1)
+    assert mmcpr.shared_ranking(torch.zeros(30, 4), item) == 1
 
 
 def test_alignment_of_collapsed_towers_is_no_success():
