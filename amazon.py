@@ -14,8 +14,8 @@ import zlib
 
 from tqdm import tqdm
 
-from download import fetch_file, is_address, is_text
 from disk import check_is_file, make_folder, saved_key, write_csv
+from download import fetch_file, is_address, is_text
 from run import InputError
 
 AMAZON_URL = "https://mcauleylab.ucsd.edu/public_datasets/data/amazon_v2/"

@@ -20,8 +20,8 @@ from urllib.parse import urlsplit
 from PIL import Image
 from tqdm import tqdm
 
-from pictures import BadPicture, read_picture
 from disk import check_is_file, remove_leftovers, write_file
+from pictures import BadPicture, read_picture
 from run import InputError, disk_is_full
 
 # A connection is given up after SILENCE seconds without a byte. It is also given up when WINDOW

@@ -43,7 +43,7 @@ import mmcpr
 from paper.cells import Cells
 from paper.figures import draw_bars, draw_lines, draw_points, plot
 from paper.regimes import (SHARES, TWO_SHARES, new_items, regimes, regimes_by_papers_recipe,
-                           run_starts)
+                           run_starts, splits_of)
 from paper.sweep import (AS_IS, CONTROLS, GRID, NO_CIMA, OTHERS, SCALES, SYSTEMS, THE_PAPERS,
                          XAVIER, Sweep, best_of, choice_columns, choose, choose_scale,
                          choose_variants, control_rows, gain, gains_over_mmcpr, p_note, rms,
@@ -244,7 +244,7 @@ def recipe(sweep):
     """
     sweep = replace(sweep, seeds=sweep.seeds[:2])
     wanted = {name: sweep.pretraining("mmcpr", *flags) for name, flags in RECIPES.items()}
-    rows_at = run_starts(sweep, wanted, "recipes", TWO_SHARES)
+    rows_at = run_starts(sweep, wanted, "recipes", splits_of(TWO_SHARES))
     lines = [title_of(sweep, "Recipes"), "",
              "| share | recipe | valid recall@20 | by seed | scale | pre-training epochs | "
              "one ranking | dead |", "|---" * 8 + "|"]

@@ -1276,7 +1276,7 @@ def test_recipes_are_compared_on_validation_by_the_better_scale(all_targets):
         runs = list(csv.DictReader(file))
     # Of each share and recipe the first seed at both scales, the second at the chosen one.
     assert len(runs) == 2 * 3 * len(reproduce.RECIPES)
-    for share, data_flags in regimes.TWO_SHARES.items():
+    for share, data_flags in regimes.splits_of(regimes.TWO_SHARES).items():
         for name, flags in reproduce.RECIPES.items():
             found = {"0": {}, "1": {}}
             for run in runs:
