@@ -38,11 +38,11 @@ import numpy as np
 import scipy.sparse as sp
 import torch
 import torch.nn.functional as F
-from scipy.special import xlogy
 from torch import nn
 
 import checkpoints
 import data
+import diagnostics
 import disk
 import metrics
 import ops
@@ -63,10 +63,6 @@ DEFAULTS = dict(
 )
 
 ALL = slice(None)  # all nodes; x[ALL] does not copy x, while x[arange(n)] would
-
-DEAD = 1e-3  # a modality counts as dead where its mean attention or its variance is below this
-
-CLEARLY_BELOW = 0.98  # a loss is clearly below another one where it is below this share of it
 
 
 # --- Graph encoder (Eq. 1, 2) -------------------------------------------------------------
@@ -221,28 +217,6 @@ class Tower(nn.Module):
         # Cloned, because for a side without modalities the result is the trained table itself.
         return self(ALL)[0].clone()
 
-    @torch.no_grad()
-    def state(self):
-        """{modality: {"attention", "cut", "variance"}}, over the nodes that have the modality.
-
-        attention: the mean alpha; cut: the share of logits a . e'^m that the ReLU makes 0;
-        variance: the mean squared distance of e'^m from its mean. A variance of 0 means
-        that the modality says the same of every node.
-        """
-        if not self.modalities:
-            return {}
-        _, alpha, projected = self(ALL)                                     # [n, M], [n, M, d]
-        state = {}
-        for m, name in enumerate(self.modalities):
-            has_it = self.present[:, m]
-            if has_it.any():
-                x = projected[has_it, m]                                                # [k, d]
-                is_cut = x @ self.a <= 0
-                state[name] = {"attention": alpha[has_it, m].mean().item(),
-                               "cut": is_cut.double().mean().item(),
-                               "variance": x.double().var(0, correction=0).sum().item()}
-        return state
-
 
 def xavier_table(n, dim):
     """A trained table, initialised like the graph encoder's in the paper (Section 4.1.4)."""
@@ -321,10 +295,6 @@ class MMCPR(nn.Module):
         """(user [n_users, d], item [n_items, d])."""
         return self.user_tower.embed(), self.item_tower.embed()
 
-    def state(self):
-        """{side: Tower.state()}."""
-        return {"user": self.user_tower.state(), "item": self.item_tower.state()}
-
 
 def objective(model, R, users, cima_items, positives_per_block, lam=DEFAULTS["lam"],
               tau=DEFAULTS["tau"], reading=DEFAULTS["cima"]):
@@ -380,7 +350,7 @@ def start_training(parts, features, args, device):
     R = ops.sparse_tensor(train if known_items is None else train[:, known_items], device)
     model = MMCPR(train, features, "G" in args.modalities, args.dim, args.layers, args.bias,
                   device, known_items)
-    print_graphs(model)
+    diagnostics.print_graphs(model)
     cima_items, heldout_items = choose_cima_items(model, args)
     # On average over blocks, the loss contains (1 - lam) / nnz times the sum of Eq. 15. A Gaussian
     # prior of precision c on every entry w adds c / 2 w^2 to that sum. This amounts to a weight
@@ -429,7 +399,7 @@ def pretrain(parts, features, args, device="cpu", checkpoint=None):
     started = time.time()
     checkpoint = checkpoint or checkpoints.Checkpoint()
     training = start_training(parts, features, args, device)
-    model, popularity = training.model, popularity_loss(parts.train)
+    model, popularity = training.model, diagnostics.popularity_loss(parts.train)
 
     progress = checkpoint.restore(model, training.optimizer) or {
         "epoch": 0, "history": [], "best": None, "beat_popularity_at": None, "seconds": 0.0}
@@ -464,7 +434,8 @@ def record(progress, point, value, model, popularity):
     progress["history"].append(point)
     # At first the model learns how popular items are, and validation stands still. Patience starts
     # when the model knows more than that. (With lam 1 the BCE is 0, so patience starts at once.)
-    if progress["beat_popularity_at"] is None and point["bce"] < CLEARLY_BELOW * popularity:
+    beats_popularity = diagnostics.beats_popularity(point["bce"], popularity)
+    if progress["beat_popularity_at"] is None and beats_popularity:
         progress["beat_popularity_at"] = point["epoch"]
     # The epoch is chosen on validation; test is not looked at here.
     if progress["best"] is None or value > progress["best"]["value"]:
@@ -482,11 +453,11 @@ def make_report(training, parts, user, item, progress):
     pairs = training.heldout_items if is_held_out else training.cima_items
     return {
         "epoch": best["epoch"], "epochs_run": progress["epoch"],
-        "losses": {"cima": best["cima"], "bce": best["bce"]}, "modalities": model.state(),
-        "alignment": alignment(model, pairs) | {"held_out": is_held_out},
-        "valid": {"recall@20": recall},
-        "rms": {"user": rms(user), "item": rms(item), "all": rms(torch.cat([user, item]))},
-        "shared_ranking": shared_ranking(user, item),
+        "losses": {"cima": best["cima"], "bce": best["bce"]},
+        "modalities": diagnostics.modality_states(model),
+        "alignment": diagnostics.alignment(model, pairs) | {"held_out": is_held_out},
+        "valid": {"recall@20": recall}, "rms": diagnostics.table_sizes(user, item),
+        "shared_ranking": diagnostics.shared_ranking(user, item),
         "history": progress["history"]}
 
 
@@ -532,121 +503,6 @@ def out_of_patience(progress, patience):
         return False
     since = max(progress["best"]["epoch"], progress["beat_popularity_at"])
     return progress["history"][-1]["epoch"] - since >= patience
-
-
-def popularity_loss(R):
-    """L2 per positive of the best score that knows only how popular items are.
-
-    That score gives item i the probability p_i = deg(i) / n_users for every user. Its loss is
-    -n_users sum_i (p_i log p_i + (1 - p_i) log(1 - p_i)), divided by the number of positives.
-    """
-    n_users = R.shape[0]
-    p = np.asarray(R.sum(0), np.float64).ravel() / n_users
-    return float(-(xlogy(p, p) + xlogy(1 - p, 1 - p)).sum() * n_users / R.nnz)
-
-
-def rms(x):
-    return x.square().mean().sqrt().item()
-
-
-def shared_ranking(user, item):
-    """The share of the scores' variance that is between items: 1 if all users rank alike.
-
-    user [n_users, d], item [n_items, d]. The scores user @ item.T are not written out: their sum
-    of squares is that of the entries of (user^T user) * (item^T item).
-    """
-    user, item = user.double(), item.double()
-    item_means = item @ user.mean(0)                                                # [n_items]
-    second_moment = ((user.T @ user) * (item.T @ item)).sum() / (len(user) * len(item))
-    variance = second_moment - item_means.mean().square()
-    if variance <= 0:  # all scores are the same
-        return 1.0
-    return (item_means.var(correction=0) / variance).item()
-
-
-@torch.no_grad()
-def alignment(model, items):
-    """How well a text finds its image among `items`: R@10, mean cosine of true and false pairs."""
-    n = len(items)
-    if n < 2:
-        return {}
-    _, _, projected = model.item_tower(items)
-    text, image = F.normalize(projected[:, 0], dim=1), F.normalize(projected[:, 1], dim=1)
-    cosine_true = (text * image).sum(1)
-    ranks, chunk = [], 1024
-    for start in range(0, n, chunk):
-        s = text[start:start + chunk] @ image.T                                         # [c, n]
-        # Row 0 of s is text number `start`, and its own image is in column `start`.
-        true_score = s.diagonal(start)[:, None]
-        # Ties count against the true pair: vectors that are all equal must not count as found.
-        ranks.append((s >= true_score).sum(1) - 1)
-    found = (torch.cat(ranks) < 10).double().mean().item()
-    # sum_pq text_p . image_q = (sum_p text_p) . (sum_q image_q)
-    all_pairs = text.double().sum(0) @ image.double().sum(0)
-    cosine_false = (all_pairs - cosine_true.double().sum()) / (n * (n - 1))
-    return {"text_to_image_recall@10": found, "cosine_true": cosine_true.mean().item(),
-            "cosine_false": cosine_false.item(), "pairs": n}
-
-
-# --- What is printed ----------------------------------------------------------------------
-
-def print_graphs(model):
-    for side, tower in (("user", model.user_tower), ("item", model.item_tower)):
-        if tower.graph is None:
-            continue
-        how = "written out"
-        if tower.graph.A is None:
-            how = f"not written out: a product reads {tower.graph.n_read:,} instead"
-        print(f"{side} graph: {tower.graph.n_edges:,} entries, {how}")
-
-
-def print_report(report):
-    """The numbers at the end of pre-training."""
-    popularity = report["popularity_loss"]
-    losses = {}
-    for name, loss in report["losses"].items():
-        losses[name] = f"{loss:.4f}" if loss else "left out"
-    print(f"epoch {report['epoch']} of {report['epochs_run']} in {report['seconds']:.0f} s: "
-          f"CIMA (L1/N) {losses['cima']}, BCE (L2 per positive) {losses['bce']} "
-          f"(popularity alone: {popularity:.4f})")
-    if report["losses"]["bce"] >= CLEARLY_BELOW * popularity and not report["interrupted"]:
-        print("that is hardly better than popularity alone: "
-              "try --weight-decay 0, then another --lr")
-    for side, modalities in report["modalities"].items():
-        print_modalities(side, modalities)
-    pairs = report["alignment"]
-    if "pairs" in pairs:
-        kind = "held-out" if pairs["held_out"] else "training"
-        if not report["losses"]["cima"]:
-            kind = "untrained"
-        print(f"text to image: R@10 {pairs['text_to_image_recall@10']:.3f} among "
-              f"{pairs['pairs']:,} {kind} pairs; mean cosine of true pairs "
-              f"{pairs['cosine_true']:.3f}, of false pairs {pairs['cosine_false']:.3f}")
-    recall = report["valid"]["recall@20"]
-    if recall is not None:
-        print(f"validation Recall@20 of the tables themselves {recall:.4f}")
-    entries = ", ".join(f"{table} {value:.3f}" for table, value in report["rms"].items())
-    print(f"RMS of the entries: {entries}")
-    print(f"of the scores' variance {report['shared_ranking']:.2f} is one ranking for all users")
-
-
-def is_dead(state):
-    """Whether a modality says next to nothing; state: its entry in Tower.state()."""
-    return min(state["attention"], state["variance"]) < DEAD
-
-
-def print_modalities(side, modalities):
-    """Prints one line about a side's modalities, and one more for each dead modality."""
-    texts = []
-    for name, state in modalities.items():
-        texts.append(f"{name} {state['attention']:.3f} (cut {state['cut']:.2f}, "
-                     f"varies {state['variance']:.2g})")
-    nothing = "none: this side has no modality, each node has a row of its own"
-    print(f"mean attention where present, {side}s: {', '.join(texts) or nothing}")
-    for name, state in modalities.items():
-        if is_dead(state):
-            print(f"{name} is dead among the {side}s: its attention or its variance is below "
-                  f"{DEAD:g}; try a lower --weight-decay, or leave it out by --modalities")
 
 
 # --- The command line ---------------------------------------------------------------------
@@ -726,7 +582,7 @@ def pretrain_and_save(args):
         meta = {"method": "MMCPR", "data": data_options, "options": options, "report": report,
                 "versions": versions}
         # Printed before writing, so that a full disk does not lose the numbers too.
-        print_report(report)
+        diagnostics.print_report(report)
         if run.is_main_process():
             with checkpoint.kept_if_writing_fails():
                 data.save_embeddings(args.out, dataset, parts, user, item, meta)

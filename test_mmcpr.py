@@ -22,6 +22,7 @@ import torch.nn.functional as F
 
 import checkpoints
 import data
+import diagnostics
 import disk
 import finetune
 import folders
@@ -397,7 +398,8 @@ def test_a_node_without_neighbours_has_no_graph_modality():
     torch.testing.assert_close(alone(torch.arange(10))[0][4], alone.fallback[4])
     # Where nobody has it there is nothing to tell of it.
     nobody = ops.CoInteractionGraph(sp.csr_matrix((10, 12), dtype=np.float32))
-    assert set(mmcpr.Tower(10, {"T": text}, nobody, dim=4).state()) == {"T"}
+    tower = mmcpr.Tower(10, {"T": text}, nobody, dim=4)
+    assert set(diagnostics.tower_state(tower)) == {"T"}
 
 
 def test_state_of_the_modalities_against_the_loop():
@@ -408,7 +410,7 @@ def test_state_of_the_modalities_against_the_loop():
     tower = mmcpr.Tower(40, {"T": text, "V": image}, None, dim=4)
     nodes = torch.arange(40)
     _, alpha, projected = tower(nodes)
-    state = tower.state()
+    state = diagnostics.tower_state(tower)
     for m, name in enumerate("TV"):
         has = nodes[7:] if name == "T" else nodes
         p = projected[has, m].detach()
@@ -422,7 +424,7 @@ def test_state_of_the_modalities_against_the_loop():
 
 def test_a_dead_modality_is_told(capsys):
     alive = {"attention": 0.5, "cut": 0.1, "variance": 0.2}
-    mmcpr.print_modalities("item", {"T": alive, "V": alive | {"variance": 1e-4}})
+    diagnostics.print_modalities("item", {"T": alive, "V": alive | {"variance": 1e-4}})
     out = capsys.readouterr().out
     assert "items: T 0.500 (cut 0.10, varies 0.2), V 0.500" in out
     assert "V is dead among the items" in out and "T is dead" not in out
@@ -525,7 +527,7 @@ def test_popularity_loss_is_the_bce_of_the_log_odds():
     log_odds = (p / (1 - p)).log().expand(30, -1)
     target = torch.from_numpy(cells).double()
     loss = F.binary_cross_entropy_with_logits(log_odds, target, reduction="sum")
-    assert mmcpr.popularity_loss(train) == pytest.approx(loss.item() / train.nnz, rel=1e-9)
+    assert diagnostics.popularity_loss(train) == pytest.approx(loss.item() / train.nnz, rel=1e-9)
 
 
 @pytest.mark.parametrize("batch", [40, 17])
@@ -548,9 +550,9 @@ def test_shared_ranking_is_the_variance_between_items():
     scores = (user @ item.T).double().numpy()
     want = scores.mean(0).var() / scores.var()
     assert 0.1 < want < 0.9
-    assert mmcpr.shared_ranking(user, item) == pytest.approx(want, rel=1e-5)
-    assert mmcpr.shared_ranking(user[:1].expand(30, 4), item) == pytest.approx(1)
-    assert mmcpr.shared_ranking(torch.zeros(30, 4), item) == 1
+    assert diagnostics.shared_ranking(user, item) == pytest.approx(want, rel=1e-5)
+    assert diagnostics.shared_ranking(user[:1].expand(30, 4), item) == pytest.approx(1)
+    assert diagnostics.shared_ranking(torch.zeros(30, 4), item) == 1
 
 
 def test_alignment_of_collapsed_towers_is_no_success():
@@ -559,7 +561,7 @@ def test_alignment_of_collapsed_towers_is_no_success():
     for name in "TV":
         torch.nn.init.zeros_(model.item_tower.W[name].weight)
         torch.nn.init.ones_(model.item_tower.W[name].bias)
-    found = mmcpr.alignment(model, model.items_with_pair())
+    found = diagnostics.alignment(model, model.items_with_pair())
     assert found["text_to_image_recall@10"] == 0
 
 
@@ -995,7 +997,7 @@ def test_pretraining_patience_starts_after_the_plateau(trained, monkeypatch):
     monkeypatch.setattr(metrics, "evaluate", lambda *args: {"recall@20": 0.5})
     epochs_run = {}
     for height in (1e9, -1):  # left at once; never
-        monkeypatch.setattr(mmcpr, "popularity_loss", lambda R: height)
+        monkeypatch.setattr(diagnostics, "popularity_loss", lambda R: height)
         assert call(mmcpr.main, "--data", "shop", *QUICK, "--epochs", 30, "--patience", 10,
                     "--out", "e.npz") == 0
         epochs_run[height] = data.load_embeddings("e.npz")["meta"]["report"]["epochs_run"]

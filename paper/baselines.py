@@ -41,6 +41,7 @@ from torch import nn
 from tqdm import tqdm
 
 import data
+import diagnostics
 import disk
 import finetune
 import metrics
@@ -1185,9 +1186,9 @@ def best_report(trials):
     """The report of the best trial, with what the others found."""
     # Without validation all trials would have 0 here, but then there is only one.
     best = max(trials, key=validation_recall)
-    size = {"item": mmcpr.rms(best.item)}
+    size = {"item": diagnostics.rms(best.item)}
     if best.user is not None:
-        size["user"] = mmcpr.rms(best.user)
+        size["user"] = diagnostics.rms(best.user)
     rates = []
     for trial in trials:
         if "lr" in trial.report:

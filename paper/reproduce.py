@@ -38,6 +38,7 @@ import numpy as np
 
 import checkpoints
 import data
+import diagnostics
 import disk
 import mmcpr
 from paper.cells import Cells
@@ -264,7 +265,7 @@ def recipe(sweep):
             lines.append("| " + " | ".join(texts) + " |")
     lines += ["", "one ranking: the part of the scores' variance that is the same for all users, "
                   "of the tables as they are handed over; dead: modalities whose attention or "
-                  f"variance is below {mmcpr.DEAD:g} in any seed."]
+                  f"variance is below {diagnostics.DEAD:g} in any seed."]
     sweep.show("recipe", lines)
 
 
@@ -273,7 +274,7 @@ def dead_modalities(report):
     names = []
     for side, modalities in report["modalities"].items():
         for modality, state in modalities.items():
-            if mmcpr.is_dead(state):
+            if diagnostics.is_dead(state):
                 names.append(f"{side} {modality}")
     return names
 
