@@ -3,13 +3,14 @@
 Nothing here changes what is trained. paper/results/README.md says what each printed line means.
 A model is an mmcpr.MMCPR.
 
-    popularity_loss     the loss of a model that knows only how popular items are
-    modality_states     attention, cut and variance of each modality; is_dead judges them
-    alignment           how well a text finds the image of its item
-    table_sizes         the root mean square of the tables' entries
-    shared_ranking      how far all users get one and the same ranking
-    print_graphs        at the start of pre-training
-    print_report        at its end
+    popularity_loss         the loss of a model that knows only how popular items are
+    modality_states         attention, cut and variance of each modality; is_dead judges them
+    alignment               how well a text finds the image of its item
+    table_sizes             the root mean square of the tables' entries
+    shared_ranking          how far all users get one and the same ranking
+    popularity_correlation  how much that ranking is popularity's
+    print_graphs            at the start of pre-training
+    print_report            at its end
 """
 import numpy as np
 import torch
@@ -120,6 +121,21 @@ def shared_ranking(user, item):
     return (item_means.var(correction=0) / variance).item()
 
 
+def popularity_correlation(user, item, train):
+    """How much the ranking that all users share is popularity's: Spearman's rank correlation.
+
+    Of the items' mean scores with their numbers of training interactions, over the items that have
+    any. train: CSR [n_users, n_items]. 0 where all the means, or all the numbers, are the same.
+    """
+    from scipy.stats import spearmanr  # takes long to load
+    item_means = (item.double() @ user.double().mean(0)).cpu().numpy()              # [n_items]
+    count = np.asarray(train.sum(0)).ravel()
+    is_bought = count > 0
+    if np.ptp(item_means[is_bought]) == 0 or np.ptp(count[is_bought]) == 0:
+        return 0.0
+    return float(spearmanr(item_means[is_bought], count[is_bought]).statistic)
+
+
 # --- What is printed ----------------------------------------------------------------------
 
 def print_graphs(model):
@@ -159,7 +175,8 @@ def print_report(report):
         print(f"validation Recall@20 of the tables themselves {recall:.4f}")
     entries = ", ".join(f"{table} {value:.3f}" for table, value in report["rms"].items())
     print(f"RMS of the entries: {entries}")
-    print(f"of the scores' variance {report['shared_ranking']:.2f} is one ranking for all users")
+    print(f"of the scores' variance {report['shared_ranking']:.2f} is one ranking for all users; "
+          f"its rank correlation with popularity: {report['popularity_correlation']:.2f}")
 
 
 def print_modalities(side, modalities):

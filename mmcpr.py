@@ -458,6 +458,7 @@ def make_report(training, parts, user, item, progress):
         "alignment": diagnostics.alignment(model, pairs) | {"held_out": is_held_out},
         "valid": {"recall@20": recall}, "rms": diagnostics.table_sizes(user, item),
         "shared_ranking": diagnostics.shared_ranking(user, item),
+        "popularity_correlation": diagnostics.popularity_correlation(user, item, parts.train),
         "history": progress["history"]}
 
 

@@ -555,6 +555,27 @@ def test_shared_ranking_is_the_variance_between_items():
     assert diagnostics.shared_ranking(torch.zeros(30, 4), item) == 1
 
 
+def test_popularity_correlation_is_that_of_the_ranks():
+    """Pearson's correlation of the average ranks, over the items that anybody has bought."""
+    cells = binary(np.random.default_rng(20), 30, 20, 0.2).toarray()
+    cells[:, 7] = 0
+    R = sp.csr_matrix(cells)
+    count = np.asarray(R.sum(0)).ravel()
+    user, item = torch.randn(30, 4) + 1, torch.randn(20, 4)
+    bought = np.flatnonzero(count)
+    means = (user @ item.T).double().numpy().mean(0)[bought]
+
+    def ranks(x):
+        return (x[:, None] > x).sum(1) + (x[:, None] == x).sum(1) / 2
+    want = np.corrcoef(ranks(means), ranks(count[bought]))[0, 1]
+    assert len(set(count)) < len(bought) < 20  # some are equal, and item 7 is left out
+    got = diagnostics.popularity_correlation(user, item, R)
+    assert got == pytest.approx(want, abs=1e-6)
+    tables = finetune.popularity(R)
+    assert diagnostics.popularity_correlation(*tables, R) == pytest.approx(1)
+    assert diagnostics.popularity_correlation(user, torch.ones(20, 4), R) == 0
+
+
 def test_alignment_of_collapsed_towers_is_no_success():
     """Where all vectors are one, every image ties with the true one: text finds nothing."""
     model, _ = small_model(np.random.default_rng(18))

@@ -248,24 +248,27 @@ def recipe(sweep):
     rows_at = run_starts(sweep, wanted, "recipes", splits_of(TWO_SHARES))
     lines = [title_of(sweep, "Recipes"), "",
              "| share | recipe | valid recall@20 | by seed | scale | pre-training epochs | "
-             "one ranking | dead |", "|---" * 8 + "|"]
+             "one ranking | like popularity | dead |", "|---" * 9 + "|"]
     for share, rows in rows_at.items():
         for name, row in rows.items():
-            recalls, by_seed, epochs, shared, dead = [], [], [], [], set()
+            recalls, by_seed, epochs, shared, like_popularity, dead = [], [], [], [], [], set()
             for found in row.found:
                 report = found["report"]
                 recalls.append(validation_recall(found))
                 by_seed.append(f"{recalls[-1]:.4f}")
                 epochs.append(str(report["epoch"]))
                 shared.append(report["shared_ranking"])
+                like_popularity.append(report["popularity_correlation"])
                 dead.update(dead_modalities(report))
             texts = [share, name, f"{np.mean(recalls):.4f}", " ".join(by_seed),
                      scale_name(row.cells[0].finetuning), " ".join(epochs),
-                     f"{np.mean(shared):.2f}", ", ".join(sorted(dead))]
+                     f"{np.mean(shared):.2f}", f"{np.mean(like_popularity):.2f}",
+                     ", ".join(sorted(dead))]
             lines.append("| " + " | ".join(texts) + " |")
     lines += ["", "one ranking: the part of the scores' variance that is the same for all users, "
-                  "of the tables as they are handed over; dead: modalities whose attention or "
-                  f"variance is below {diagnostics.DEAD:g} in any seed."]
+                  "of the tables as they are handed over; like popularity: the rank correlation "
+                  "of that ranking with popularity; dead: modalities whose attention or variance "
+                  f"is below {diagnostics.DEAD:g} in any seed."]
     sweep.show("recipe", lines)
 
 

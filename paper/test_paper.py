@@ -1291,13 +1291,15 @@ def test_recipes_are_compared_on_validation_by_the_better_scale(all_targets):
             assert by_seed == f"{first[scale]:.4f} {second[scale]:.4f}"
             assert float(valid) == pytest.approx((first[scale] + second[scale]) / 2, abs=1e-4)
     for name, flags in reproduce.RECIPES.items():
-        shared = {}
+        shared, like_popularity = {}, {}
         for cell in usual_cells():
             if cell["pretraining"] == ["mmcpr.py", *flags]:
                 shared[cell["seed"]] = cell["report"]["shared_ranking"]
+                like_popularity[cell["seed"]] = cell["report"]["popularity_correlation"]
         if flags:  # a cell of the default may be another target's, which names the rate
             assert len(shared) == 2
             assert rows["1", name][4] == f"{np.mean(list(shared.values())):.2f}"
+            assert rows["1", name][5] == f"{np.mean(list(like_popularity.values())):.2f}"
 
 
 def test_dead_modalities_are_those_that_mmcpr_warns_of():
