@@ -1,9 +1,11 @@
-"""What a pre-training tells about itself: measures of its loss and of its tables, and their text.
+"""What a pre-training tells about itself: measures of its loss and tables, and the printed lines.
 
-Nothing here changes what is trained. paper/results/README.md says what each printed line means.
-A model is an mmcpr.MMCPR.
+Nothing here changes a weight. One function acts on training: patience starts when
+beats_popularity says so. What the lines mean is told in paper/results/README.md. Notation as in
+mmcpr.py; a model is an mmcpr.MMCPR.
 
     popularity_loss         the loss of a model that knows only how popular items are
+    beats_popularity        whether a loss is clearly below it
     modality_states         attention, cut and variance of each modality; is_dead judges them
     alignment               how well a text finds the image of its item
     table_sizes             the root mean square of the tables' entries
@@ -36,6 +38,7 @@ def popularity_loss(R):
 
 
 def beats_popularity(loss, popularity):
+    """Whether L2 per positive is clearly below popularity_loss."""
     return loss < CLEARLY_BELOW * popularity
 
 
@@ -54,7 +57,7 @@ def tower_state(tower):
     """
     if not tower.modalities:
         return {}
-    everyone = slice(None)
+    everyone = slice(None)  # mmcpr.ALL
     _, alpha, projected = tower(everyone)                                   # [n, M], [n, M, d]
     state = {}
     for m, name in enumerate(tower.modalities):
@@ -75,7 +78,11 @@ def is_dead(state):
 
 @torch.no_grad()
 def alignment(model, items):
-    """How well a text finds its image among `items`: R@10, mean cosine of true and false pairs."""
+    """How well a text finds its image among `items`: R@10, mean cosine of true and false pairs.
+
+    items: int64, of model.items_with_pair(): modalities 0 and 1 are text and image. Fewer than two
+    items: {}.
+    """
     n = len(items)
     if n < 2:
         return {}

@@ -7,7 +7,8 @@
 Then: python finetune.py --init emb.npz
 
 The model and its pre-training, equation by equation. The frozen text and image encoders (Eq. 3,
-9, 10) are in encode.py. The fast operators are in ops.py, each under its plain definition.
+9, 10) are in encode.py. The fast operators are in ops.py, each under its plain definition. What is
+measured and printed is in diagnostics.py.
 
 A user has two modalities and an item has three. The code names them by the letters in quotes:
 
@@ -430,7 +431,10 @@ def pretrain(parts, features, args, device="cpu", checkpoint=None):
 
 
 def record(progress, point, value, model, popularity):
-    """Adds a validation to `progress`, and the model's weights if it is the best so far."""
+    """Adds a validation to `progress`, and the model's weights if it is the best so far.
+
+    popularity: diagnostics.popularity_loss.
+    """
     progress["history"].append(point)
     # At first the model learns how popular items are, and validation stands still. Patience starts
     # when the model knows more than that. (With lam 1 the BCE is 0, so patience starts at once.)
@@ -444,7 +448,7 @@ def record(progress, point, value, model, popularity):
 
 
 def make_report(training, parts, user, item, progress):
-    """The numbers of the best epoch and its tables, printed at the end and kept in emb.npz."""
+    """The numbers of the best epoch and its tables, kept in emb.npz; print_report prints most."""
     best, model = progress["best"], training.model
     recall = best.get("recall@20")
     if recall is None and parts.valid.nnz:  # not ranked yet where CIMA alone chose the epoch
@@ -498,7 +502,7 @@ def validation_recall(user, item, parts):
 
 def out_of_patience(progress, patience):
     """Whether `patience` epochs have passed since the best epoch, and as many since the first
-    epoch whose loss was clearly below popularity's. Without such an epoch: False.
+    epoch whose loss beat popularity's. Without such an epoch: False.
     """
     if progress["beat_popularity_at"] is None:
         return False
