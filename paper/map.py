@@ -14,19 +14,19 @@ from pathlib import Path
 import run  # before the libraries: from here on Ctrl-C ends in one line
 
 import disk
-from paper.figures import means_and_bars, open_figure, save_figure
+from paper.figures import draw_lines, legend_below, open_figure, save_figure
 
 COLUMNS = {"pretraining", "finetuning", "data", "seed", "valid recall@20", "recall@20"}
 
-# {pre-training of a start: (its label, its colour, its line style)}
-STYLES = {
-    "baselines.py --method popular": ("Most popular", "0.75", "-."),
-    "random": ("Random", "0.6", ":"),
-    "baselines.py --method constant": ("Constant", "0.3", "--"),
-    "mmcpr.py --modalities none": ("Eq. 15 alone", "C1", "--"),
-    "mmcpr.py --modalities G": ("Graphs alone", "C0", "-"),
-    "contents": ("Contents alone", "C2", "-"),
-    "mmcpr.py": ("MMCPR", "C3", "-"),
+# {pre-training of a start: its label, in figures.STYLES}
+LABELS = {
+    "baselines.py --method popular": "Most popular",
+    "random": "Random",
+    "baselines.py --method constant": "Constant",
+    "mmcpr.py --modalities none": "Eq. 15 alone",
+    "mmcpr.py --modalities G": "Graphs alone",
+    "contents": "Contents alone",
+    "mmcpr.py": "MMCPR",
 }
 
 
@@ -71,23 +71,11 @@ def draw(path, curves_of):
     """A panel for each of {data: its curves}, into a PNG."""
     figure, axes = open_figure(len(curves_of), 4, min(3, len(curves_of)))
     for axis, (name, curves) in zip(axes, curves_of.items()):
-        for start, (label, color, line) in STYLES.items():
-            if start in curves:
-                shares, values = curves[start]
-                means, error_bars = means_and_bars(values)
-                axis.errorbar(shares, means, label=label, color=color, ls=line, marker="o", ms=3,
-                              **error_bars)
+        draw_lines(axis, {LABELS[start]: curves[start] for start in LABELS if start in curves})
         axis.set(title=name, xlabel="share of the training interactions")
         axis.grid(alpha=0.3)
     figure.supylabel("test Recall@20 after fine-tuning")
-    # A data set may lack a start, so the legend is collected from all panels.
-    handles = {}
-    for axis in axes:
-        lines, labels = axis.get_legend_handles_labels()
-        handles |= dict(zip(labels, lines))
-    figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=4, frameon=False)
-    # Below the panels 0.45 inches stay free, for two lines of legend.
-    figure.tight_layout(rect=(0, 0.45 / figure.get_figheight(), 1, 1))
+    legend_below(figure, axes)
     save_figure(path, figure)
 
 

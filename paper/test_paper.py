@@ -1159,7 +1159,7 @@ def usual_cells():
 def test_map_reads_what_regimes_wrote(all_targets, capsys):
     """Every curve's values are those of the table's rows, at the scale that was chosen."""
     curves = map.read_curves(FOLDER / "regimes.csv")
-    assert set(curves) == set(map.STYLES)
+    assert set(curves) == set(map.LABELS)
     table = (FOLDER / "regimes.md").read_text()
     for name, start in (("Random", "random"), ("Constant", "baselines.py --method constant"),
                         ("Contents alone (RTV)", "contents"), ("MMCPR", "mmcpr.py")):
