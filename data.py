@@ -526,7 +526,7 @@ def is_data_option(name, value):
 def add_data_arguments(parser):
     """Adds the flags for the data and its split. One not given is None: emb.npz may say it."""
     group = parser.add_argument_group(
-        "data", "defaults are those of a new run; with --init, what its tables were made with")
+        "data", "defaults are those of a new run; finetune.py --init knows its tables' own")
     group.add_argument("--data", help="demo, vg, tg, amazon:<Category>, or a folder "
                        "(default: demo)")
     group.add_argument("--data-dir", help="where data is made, downloaded and cached "

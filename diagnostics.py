@@ -165,8 +165,8 @@ def print_report(report):
           f"CIMA (L1/N) {losses['cima']}, BCE (L2 per positive) {losses['bce']} "
           f"(popularity alone: {popularity:.4f})")
     if not (beats_popularity(report["losses"]["bce"], popularity) or report["interrupted"]):
-        print("that is hardly better than popularity alone: "
-              "try --weight-decay 0, then another --lr")
+        print("that is hardly better than popularity alone, or worse: "
+              "try more --epochs, --weight-decay 0 or another --lr")
     for side, modalities in report["modalities"].items():
         print_modalities(side, modalities)
     pairs = report["alignment"]

@@ -442,9 +442,9 @@ def check_same_split(path, arrays, dataset, parts):
     if not same:
         made = ", ".join(f"{k} {v}" for k, v in arrays["meta"].get("data", {}).items())
         raise run.InputError(
-            f"{path}: made from other training interactions ({made}); pass the same --data, "
-            "--valid, --keep, --new-items and --split-seed, or, where the data has changed since, "
-            "pre-train again")
+            f"{path}: made from other training interactions ({made}); leave the options of the "
+            "data out, they are read from it; or, where the data has changed since, pre-train "
+            "again")
 
 
 def scale(text):
@@ -480,7 +480,7 @@ def arguments():
     add("--epochs", type=run.non_negative, help="at most")
     add("--eval-every", type=run.positive, help="epochs between two validations")
     add("--patience", type=run.positive, help="validations in a row that bring nothing")
-    add("--device", type=run.device_name, default="auto")
+    add("--device", type=run.device_name, default="auto", help="auto, cpu or cuda")
     parser.set_defaults(**DEFAULTS)
     checkpoints.add_checkpoint_arguments(parser)
     data.add_data_arguments(parser)

@@ -528,7 +528,7 @@ def arguments():
     add = parser.add_argument
     add("--out", default="emb.npz", help="where the embeddings go")
     add("--modalities", type=modalities, default="RTVG",
-        help="subset of R, T, V, G (Figure 3); none: Eq. 15 alone, on trained tables")
+        help="any of R reviews, T text, V image, G graphs; none: Eq. 15 alone, on trained tables")
     add("--shuffle-contents", action="store_true",
         help="a control: items have each other's texts and images, users each other's reviews")
     add("--lam", type=run.fraction, help="weight of CIMA; 0 drops it, 1 drops BCE (Eq. 16)")
@@ -544,8 +544,8 @@ def arguments():
     add("--patience", type=run.positive,
         help="epochs without a better validation, once popularity is beaten")
     add("--eval-every", type=run.positive, help="epochs between two validations")
-    add("--seed", type=run.non_negative, default=0)
-    add("--device", type=run.device_name, default="auto")
+    add("--seed", type=run.non_negative, default=0, help="of all random draws but the split's")
+    add("--device", type=run.device_name, default="auto", help="auto, cpu or cuda")
     parser.set_defaults(**DEFAULTS)
     checkpoints.add_checkpoint_arguments(parser)
     data.add_data_arguments(parser)

@@ -1196,20 +1196,24 @@ def best_report(trials):
     return best.report | {"rms": size, "trials": rates}
 
 
-def save_best(path, trials, dataset, parts, meta):
-    """Writes the best of the trials so far as an emb.npz."""
+def save_best(path, trials, is_whole, dataset, parts, meta):
+    """Writes the best of the trials so far as an emb.npz; is_whole: no trial is to come."""
     best = max(trials, key=validation_recall)
     user = None if best.user is None else best.user.numpy()
-    meta = meta | {"report": best_report(trials)}
+    # finetune.py tells of an interrupted one.
+    meta = meta | {"report": best_report(trials) | {"interrupted": not is_whole}}
     data.save_embeddings(path, dataset, parts, user, best.item.numpy(), meta)
 
 
 def try_rates(args, parts, features, save):
-    """Trains at each learning rate; calls save(trials) after each. Returns the trials."""
+    """Trains at each learning rate; calls save(trials, is_whole) after each and at the end.
+
+    Returns the trials.
+    """
     if len(args.lr) > 1 and not parts.valid.nnz:
         raise run.InputError("without validation nothing chooses among several learning rates; "
                              "pass one: --lr 1e-3")
-    trials, diverged, is_saved = [], None, True
+    trials, diverged = [], None
     for lr in args.lr:
         try:
             trial = pretrain(args, parts, features, lr)
@@ -1226,15 +1230,12 @@ def try_rates(args, parts, features, save):
               f"{report['seconds']:.0f} s", flush=True)
         # Saved at once, so that an interruption of the next rate does not lose this one.
         try:
-            save(trials)
-            is_saved = True
+            save(trials, is_whole=False)
         except OSError as error:
-            is_saved = False
             print(f"not written ({error}); tried again after the next rate", flush=True)
     if not trials:
         raise diverged
-    if not is_saved:
-        save(trials)
+    save(trials, is_whole=True)
     return trials
 
 
@@ -1248,7 +1249,7 @@ def arguments():
     parser.add_argument("--lr", type=float, nargs="+", default=[1e-4, 1e-3, 1e-2],
                         help="tried in turn; validation chooses "
                         "(default: the paper's grid, 1e-4 1e-3 1e-2)")
-    parser.add_argument("--dim", type=run.positive, default=64)
+    parser.add_argument("--dim", type=run.positive, default=64, help="width of the tables")
     parser.add_argument("--batch", type=run.positive, default=2048,
                         help="items or interactions in a step")
     parser.add_argument("--epochs", type=run.positive, default=10_000,
@@ -1257,7 +1258,7 @@ def arguments():
                         help="optimizer steps without a better validation Recall@20")
     parser.add_argument("--eval-every", type=run.positive, default=5,
                         help="epochs between two validations")
-    parser.add_argument("--seed", type=run.non_negative, default=0)
+    parser.add_argument("--seed", type=run.non_negative, default=0, help="of all random draws")
     data.add_data_arguments(parser)
     data.add_feature_arguments(parser)
     return parser
@@ -1286,13 +1287,13 @@ def main(argv=None):
     options = data.training_options(args)
     meta = {"method": name, "data": data_options, "options": options}
 
-    def save(trials):
-        save_best(args.out, trials, dataset, parts, meta)
+    def save(trials, is_whole):
+        save_best(args.out, trials, is_whole, dataset, parts, meta)
 
     is_trained = args.method not in UNTRAINED
     if not is_trained:
         trials = [untrained(args, parts, features, same_space)]
-        save(trials)
+        save(trials, is_whole=True)
     else:
         trials = try_rates(args, parts, features, save)
     report = best_report(trials)

@@ -445,8 +445,10 @@ def share(text):
 def arguments():
     parser = run.parser("Make the paper's tables and figures.",
                         "python -m paper.reproduce")
-    parser.add_argument("target", choices=(*TARGETS, "all"))
-    parser.add_argument("--seeds", type=run.non_negative, nargs="+", default=[0, 1, 2])
+    parser.add_argument("target", choices=(*TARGETS, "all"),
+                        help="what to make; the head of paper/reproduce.py says what each is")
+    parser.add_argument("--seeds", type=run.non_negative, nargs="+", default=[0, 1, 2],
+                        help="one pre-training and one split each")
     parser.add_argument("--rates", type=rate, nargs="+", default=GRID,
                         help="learning rates to choose from; the default is the paper's grid")
     parser.add_argument("--patience", type=run.positive,

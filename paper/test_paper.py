@@ -767,7 +767,8 @@ def test_every_baseline_initialises_finetuning(shop_folder, capsys, method):
         if is_better:
             assert np.array_equal(two["item"], arrays["item"])
     assert call(finetune.main, "--init", "b.npz", "--epochs", 1) == 0
-    assert "test, init b.npz" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "test, init b.npz" in out and "interrupted" not in out
 
 
 def test_rates_that_were_finished_outlive_an_interruption(shop_folder, capsys, monkeypatch):
@@ -786,6 +787,8 @@ def test_rates_that_were_finished_outlive_an_interruption(shop_folder, capsys, m
     assert report["recall@20"] == max(trial["recall@20"] for trial in report["trials"])
     out, err = capsys.readouterr()
     assert "lr 0.001: loss" in out and "interrupted" in err
+    assert call(finetune.main, "--init", "b.npz", "--epochs", 1) == 0
+    assert "b.npz: of a pre-training that was interrupted" in capsys.readouterr().out
 
 
 def test_baseline_at_rates_that_diverge(shop_folder, capsys):
