@@ -134,13 +134,20 @@ def popularity_correlation(user, item, train):
     Of the items' mean scores with their numbers of training interactions, over the items that have
     any. train: CSR [n_users, n_items]. 0 where all the means, or all the numbers, are the same.
     """
-    from scipy.stats import spearmanr  # takes long to load
     item_means = (item.double() @ user.double().mean(0)).cpu().numpy()              # [n_items]
     count = np.asarray(train.sum(0)).ravel()
     is_bought = count > 0
     if np.ptp(item_means[is_bought]) == 0 or np.ptp(count[is_bought]) == 0:
         return 0.0
-    return float(spearmanr(item_means[is_bought], count[is_bought]).statistic)
+    # scipy.stats has this too, but takes half a second to load.
+    return float(np.corrcoef(ranks(item_means[is_bought]), ranks(count[is_bought]))[0, 1])
+
+
+def ranks(x):
+    """The place of each entry in ascending order, x [n]; equal entries share their mean place."""
+    _, group, n_equal = np.unique(x, return_inverse=True, return_counts=True)
+    last_place = np.cumsum(n_equal)
+    return (last_place - (n_equal - 1) / 2)[group]
 
 
 # --- What is printed ----------------------------------------------------------------------
