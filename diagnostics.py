@@ -89,14 +89,14 @@ def alignment(model, items):
     _, _, projected = model.item_tower(items)
     text, image = F.normalize(projected[:, 0], dim=1), F.normalize(projected[:, 1], dim=1)
     cosine_true = (text * image).sum(1)
-    ranks, chunk = [], 1024
+    n_before, chunk = [], 1024
     for start in range(0, n, chunk):
         s = text[start:start + chunk] @ image.T                                         # [c, n]
         # Row 0 of s is text number `start`, and its own image is in column `start`.
         true_score = s.diagonal(start)[:, None]
         # Ties count against the true pair: vectors that are all equal must not count as found.
-        ranks.append((s >= true_score).sum(1) - 1)
-    found = (torch.cat(ranks) < 10).double().mean().item()
+        n_before.append((s >= true_score).sum(1) - 1)
+    found = (torch.cat(n_before) < 10).double().mean().item()
     # sum_pq text_p . image_q = (sum_p text_p) . (sum_q image_q)
     all_pairs = text.double().sum(0) @ image.double().sum(0)
     cosine_false = (all_pairs - cosine_true.double().sum()) / (n * (n - 1))
