@@ -267,7 +267,7 @@ def find_dataset(data, data_dir, modalities, contents, url, min_rating, may_make
             "pass --data FOLDER --min-count 10 --sample 500000, the paper's filter")
     if not os.path.exists(data):
         raise InputError(f"--data {data}: no such folder, and not one of "
-                         "demo, vg, tg, sharee, amazon:<Category>")
+                         "demo, vg, tg, amazon:<Category>")
     return read_folder(Path(data), contents, min_rating)
 
 

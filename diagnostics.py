@@ -195,12 +195,14 @@ def print_report(report):
 
 def print_modalities(side, modalities):
     """Prints one line about a side's modalities, and one more for each dead modality."""
+    if not modalities:
+        print(f"{side}s have no modality: each has a row of its own")
+        return
     texts = []
     for name, state in modalities.items():
         texts.append(f"{name} {state['attention']:.3f} (cut {state['cut']:.2f}, "
                      f"varies {state['variance']:.2g})")
-    nothing = "none: this side has no modality, each node has a row of its own"
-    print(f"mean attention where present, {side}s: {', '.join(texts) or nothing}")
+    print(f"mean attention where present, {side}s: {', '.join(texts)}")
     for name, state in modalities.items():
         if is_dead(state):
             print(f"{name} is dead among the {side}s: its attention or its variance is below "

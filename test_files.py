@@ -268,7 +268,7 @@ def test_mmrec_labels_without_a_test_are_told_as_such(tmp_path, capsys):
 
 @pytest.mark.parametrize("name, words", [
     ("nowhere", "--data nowhere: no such folder, and not one of "
-                "demo, vg, tg, sharee, amazon:<Category>"),
+                "demo, vg, tg, amazon:<Category>"),
     ("sharee", "private data set cannot be downloaded"),
     ("amazon:", "a category is letters, digits and _"),
     ("amazon:../x", "amazon:../x: a category is letters, digits and _"),
