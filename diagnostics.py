@@ -113,14 +113,19 @@ def table_sizes(user, item):
     return {"user": rms(user), "item": rms(item), "all": rms(torch.cat([user, item]))}
 
 
+def mean_scores(user, item):
+    """Each item's score, mean over the users: the ranking that all share; float64 [n_items]."""
+    return item.double() @ user.double().mean(0)
+
+
 def shared_ranking(user, item):
     """The share of the scores' variance that is between items: 1 if all users rank alike.
 
     user [n_users, d], item [n_items, d]. The scores user @ item.T are not written out: their sum
     of squares is that of the entries of (user^T user) * (item^T item).
     """
+    item_means = mean_scores(user, item)                                            # [n_items]
     user, item = user.double(), item.double()
-    item_means = item @ user.mean(0)                                                # [n_items]
     second_moment = ((user.T @ user) * (item.T @ item)).sum() / (len(user) * len(item))
     variance = second_moment - item_means.mean().square()
     if variance <= 0:  # all scores are the same
@@ -134,7 +139,7 @@ def popularity_correlation(user, item, train):
     Of the items' mean scores with their numbers of training interactions, over the items that have
     any. train: CSR [n_users, n_items]. 0 where all the means, or all the numbers, are the same.
     """
-    item_means = (item.double() @ user.double().mean(0)).cpu().numpy()              # [n_items]
+    item_means = mean_scores(user, item).cpu().numpy()                              # [n_items]
     count = np.asarray(train.sum(0)).ravel()
     is_bought = count > 0
     if np.ptp(item_means[is_bought]) == 0 or np.ptp(count[is_bought]) == 0:

@@ -64,13 +64,18 @@ def draw_lines(axis, curves):
         axis.errorbar(x, means, marker=marker, ms=3, label=label, **style_of(label), **error_bars)
 
 
-def plot(path, panels, draw, xlabel=""):
-    """A PNG with one panel per entry of {title: {curve: (x, per x one value of each seed)}}."""
-    figure, axes = open_figure(len(panels), 5, len(panels))
+def plot(path, panels, draw, xlabel="", ylabel="", width=5, n_columns=None):
+    """A PNG with one panel per entry of {title: {curve: (x, per x one value of each seed)}}.
+
+    ylabel: of all panels; width: of each, in inches; n_columns: of panels, by default all.
+    """
+    figure, axes = open_figure(len(panels), width, n_columns or len(panels))
     for axis, (title, curves) in zip(axes, panels.items()):
         draw(axis, curves)
         axis.set(title=title, xlabel=xlabel)
         axis.grid(alpha=0.3)
+    if ylabel:
+        figure.supylabel(ylabel)
     legend_below(figure, axes)
     save_figure(path, figure)
 

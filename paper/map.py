@@ -14,7 +14,7 @@ from pathlib import Path
 import run  # before the libraries: from here on Ctrl-C ends in one line
 
 import disk
-from paper.figures import draw_lines, legend_below, open_figure, save_figure
+from paper.figures import draw_lines, plot
 
 COLUMNS = {"pretraining", "finetuning", "data", "seed", "valid recall@20", "recall@20"}
 
@@ -69,14 +69,11 @@ def chosen_values(by_scale):
 
 def draw(path, curves_of):
     """A panel for each of {data: its curves}, into a PNG."""
-    figure, axes = open_figure(len(curves_of), 4, min(3, len(curves_of)))
-    for axis, (name, curves) in zip(axes, curves_of.items()):
-        draw_lines(axis, {LABELS[start]: curves[start] for start in LABELS if start in curves})
-        axis.set(title=name, xlabel="share of the training interactions")
-        axis.grid(alpha=0.3)
-    figure.supylabel("test Recall@20 after fine-tuning")
-    legend_below(figure, axes)
-    save_figure(path, figure)
+    panels = {}
+    for name, curves in curves_of.items():
+        panels[name] = {LABELS[start]: curves[start] for start in LABELS if start in curves}
+    plot(path, panels, draw_lines, "share of the training interactions",
+         "test Recall@20 after fine-tuning", width=4, n_columns=min(3, len(panels)))
 
 
 def main(argv=None):

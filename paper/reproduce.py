@@ -251,19 +251,16 @@ def recipe(sweep):
              "one ranking | like popularity | dead |", "|---" * 9 + "|"]
     for share, rows in rows_at.items():
         for name, row in rows.items():
-            recalls, by_seed, epochs, shared, like_popularity, dead = [], [], [], [], [], set()
-            for found in row.found:
-                report = found["report"]
-                recalls.append(validation_recall(found))
-                by_seed.append(f"{recalls[-1]:.4f}")
-                epochs.append(str(report["epoch"]))
-                shared.append(report["shared_ranking"])
-                like_popularity.append(report["popularity_correlation"])
-                dead.update(dead_modalities(report))
-            texts = [share, name, f"{np.mean(recalls):.4f}", " ".join(by_seed),
-                     scale_name(row.cells[0].finetuning), " ".join(epochs),
-                     f"{np.mean(shared):.2f}", f"{np.mean(like_popularity):.2f}",
-                     ", ".join(sorted(dead))]
+            recalls = [validation_recall(found) for found in row.found]
+            reports = [found["report"] for found in row.found]
+            shared = np.mean([report["shared_ranking"] for report in reports])
+            like_popularity = np.mean([report["popularity_correlation"] for report in reports])
+            dead = set().union(*map(dead_modalities, reports))
+            texts = [share, name, f"{np.mean(recalls):.4f}",
+                     " ".join(f"{recall:.4f}" for recall in recalls),
+                     scale_name(row.cells[0].finetuning),
+                     " ".join(str(report["epoch"]) for report in reports),
+                     f"{shared:.2f}", f"{like_popularity:.2f}", ", ".join(sorted(dead))]
             lines.append("| " + " | ".join(texts) + " |")
     lines += ["", "one ranking: the part of the scores' variance that is the same for all users, "
                   "of the tables as they are handed over; like popularity: the rank correlation "
