@@ -329,8 +329,8 @@ def read_csv(path, required, optional=(), delimiter=",", skip=()):
                 for append, position in take:
                     append(row[position])
             elif row:  # a blank line is no row
-                raise InputError(f"{path}, row {bad_row(path, delimiter, n_fields)}: "
-                                 f"{len(row)} fields, the header has {n_fields}; "
+                raise InputError(f"{path}, row {bad_row(path, delimiter, n_fields)}: the header "
+                                 f"has {n_fields} fields, this row {len(row)}; "
                                  "quote a field that contains the separator")
     if not columns[required[0]]:
         raise InputError(f"{path}: the header is there, but no row follows it")
