@@ -594,19 +594,25 @@ class GraphBERT(ItemMethod):
             h = layer(h) + residual
         return h.mean(1)
 
-    def loss(self, rows):
+    def draw_pairs(self, rows):
+        """(a context item of each row, its closeness, a random other item), [b] each."""
         place = torch.randint(self.context.shape[1], (len(rows),))
-        near = self.context[rows, place]
         shift = torch.randint(1, self.n_items, (len(rows),))
         far = (rows + shift) % self.n_items
-        z, z_near, z_far = self.encode(torch.cat([rows, near, far])).chunk(3)
+        return self.context[rows, place], self.closeness[rows, place], far
+
+    def loss(self, rows):
+        near, closeness, far = self.draw_pairs(rows)
+        # An item that was drawn more than once is encoded once.
+        items, place = torch.cat([rows, near, far]).unique(return_inverse=True)
+        z, z_near, z_far = self.encode(items)[place].chunk(3)                  # [b, dim] each
         # The mask leaves out the features that an item does not have.
         error = (self.attribute(z) - self.x[rows]).square() * self.mask[rows]
         attributes = error.sum(1).mean()
         # Where an item reaches fewer than k others, it fills the other places itself: no pair.
         is_pair = near != rows
         # Near pairs should be as similar as they are intimate, random ones not at all.
-        gap = F.cosine_similarity(z, z_near) - self.closeness[rows, place]
+        gap = F.cosine_similarity(z, z_near) - closeness
         structure_near = gap.square()[is_pair].sum() / is_pair.sum().clamp(min=1)
         structure_far = F.cosine_similarity(z, z_far).square().mean()
         return attributes + (structure_near + structure_far)

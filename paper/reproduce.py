@@ -450,6 +450,8 @@ def arguments():
                         help="learning rates to choose from; the default is the paper's grid")
     parser.add_argument("--patience", type=run.positive,
                         help="of mmcpr.py, in epochs; the default is its own")
+    parser.add_argument("--epochs", type=run.positive,
+                        help="of baselines.py, at most; the default is its own")
     parser.add_argument("--shares", type=share, nargs="+", default=SHARES,
                         help="of each user's training interactions, for regimes "
                         "(default: .1 .2 .4 .7 1)")
@@ -524,7 +526,7 @@ def open_sweep(args):
         if method not in OTHERS or method in args.systems:
             systems[name] = method
     return Sweep(cells=cells, folder=folder, label=label, seeds=args.seeds, rates=args.rates,
-                 patience=args.patience, settings=settings, dataset=dataset,
+                 patience=args.patience, epochs=args.epochs, settings=settings, dataset=dataset,
                  split_seed=data_options["split_seed"], new_splits=not data_options["sample"],
                  letters=letters, shares=args.shares, scales=scales, systems=systems)
 

@@ -52,6 +52,7 @@ class Sweep:
     seeds: list
     rates: tuple            # learning rates to choose from, as they were typed
     patience: int | None    # of mmcpr.py, in epochs; None: its default
+    epochs: int | None      # of baselines.py, at most; None: its default
     settings: str           # data and feature options that are not the default, for the titles
     dataset: object         # of data.open_data
     split_seed: int         # seed 0's; those of the other seeds count on from it
@@ -93,6 +94,8 @@ class Sweep:
         if system == "random":
             return None
         if system not in ("mmcpr", "mf"):
+            if self.epochs and system not in baselines.UNTRAINED:
+                flags += ("--epochs", str(self.epochs))
             return ("baselines.py", "--method", system, *flags)
         # Not for baselines.py: its patience counts steps, and keeps its default.
         if self.patience:
@@ -278,6 +281,8 @@ def title_of(sweep, name, rates=GRID):
         title += f", rates {' '.join(rates)}"
     if sweep.patience:
         title += f", patience {sweep.patience}"
+    if sweep.epochs:
+        title += f", at most {sweep.epochs:,} epochs of the other systems"
     if len(sweep.scales) == 1:
         title += f", scale {scale_name(sweep.scales[0])}"
     return title + sweep.settings

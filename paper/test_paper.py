@@ -407,15 +407,16 @@ def test_graphbert_contexts_and_losses_against_the_loop():
                 want = want + 0.02 * wave / wave.square().mean().sqrt()
             torch.testing.assert_close(model.codes[i, place], want)
 
-    encode, drawn = model.encode, []
+    draw_pairs, drawn = model.draw_pairs, []
 
     def spy(rows):
-        drawn.append((rows[20:40].tolist(), rows[40:].tolist()))
-        return encode(rows)
+        near, closeness, far = draw_pairs(rows)
+        drawn.append((near.tolist(), far.tolist()))
+        return near, closeness, far
 
-    model.encode = spy
+    model.draw_pairs = spy
     losses = [model.loss(rows).item() for _ in range(3)]
-    z = encode(rows)
+    z = model.encode(rows)
 
     def cosine(a, b):
         return F.cosine_similarity(z[a], z[b], dim=0).item()
@@ -1733,7 +1734,6 @@ def test_cells_side_by_side_in_processes_of_their_own(tmp_path, monkeypatch):
     """Nothing replaced: two jobs, real processes."""
     write_shop(tmp_path / "shop")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     short = ("--epochs", "2", "--eval-every", "1")
     wanted = [Cell(("mmcpr.py", *short), (*short, *reproduce.XAVIER), 0),
               Cell(("mmcpr.py", *short), short, 0), Cell(None, short, 0, ("--keep", "0.5"))]
@@ -1752,7 +1752,7 @@ def test_cells_side_by_side_in_processes_of_their_own(tmp_path, monkeypatch):
 def test_sweep_from_the_command_line(tmp_path):
     write_shop(tmp_path / "shop")
     command = [sys.executable, "-m", "paper.reproduce", "table1", "--data", "shop"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
+    environment = os.environ | {"PYTHONPATH": str(HERE)}
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / FOLDER / "table1.md").read_text().strip() in done.stdout
