@@ -5,6 +5,11 @@ pytest finds the scripts beside this file, and paper/, because it is here.
 import os
 from pathlib import Path
 
+# One thread, here and in the scripts that are started: on tiny data a second one brings nothing,
+# and on a busy machine threads that wait for each other take minutes. torch reads it when it is
+# imported.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import numpy as np
 import pytest
 import scipy.sparse as sp
@@ -15,9 +20,8 @@ import mmcpr
 import run
 
 HERE = Path(__file__).parent
-# Two processes that wait for each other on a busy machine take minutes.
-# And a GPU, where there is one, is left alone.
-ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+# The environment of a script that leaves a GPU, where there is one, alone.
+ON_THE_CPU = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 
 

@@ -47,7 +47,7 @@ import mmcpr
 import ops
 import pictures
 import run
-from conftest import HERE, ONE_THREAD, QUICK, call, write_shop
+from conftest import HERE, ON_THE_CPU, QUICK, call, write_shop
 from run import InputError
 
 # --- data.py, encode.py, amazon.py, demo.py: helpers ------------------------------------
@@ -1706,8 +1706,8 @@ def test_output_that_cannot_be_printed(tmp_path):
     write_shop(tmp_path / "shop")
     started = {}
     for name, options in (
-            ("closed", {"env": ONE_THREAD, "preexec_fn": lambda: os.close(1)}),
-            ("ascii", {"env": ONE_THREAD | {"PYTHONIOENCODING": "ascii"},
+            ("closed", {"env": ON_THE_CPU, "preexec_fn": lambda: os.close(1)}),
+            ("ascii", {"env": ON_THE_CPU | {"PYTHONIOENCODING": "ascii"},
                        "stdout": subprocess.PIPE})):
         folder = tmp_path / name  # of the checkpoint
         folder.mkdir()
@@ -1746,7 +1746,7 @@ def test_ctrl_c_while_the_libraries_are_imported(tmp_path):
     slow.write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
     for script in ("mmcpr.py", "finetune.py", "data.py"):
         done = subprocess.run([sys.executable, HERE / script], capture_output=True, timeout=60,
-                              env=ONE_THREAD | {"PYTHONPATH": str(tmp_path)})
+                              env=ON_THE_CPU | {"PYTHONPATH": str(tmp_path)})
         assert done.returncode == 2 and done.stderr == b"error: interrupted\n", done.stderr
 
 
@@ -3133,7 +3133,7 @@ def test_ctrl_c_while_hosts_are_silent(tmp_path, what):
             meta = [record | {"imageURL": [url + "hang"]} for record in META]
             raw(tmp_path, meta=meta)
         argv = ["data.py", "--data", "amazon:Tiny", "--data-dir", tmp_path, "--amazon-url", url]
-        process = subprocess.Popen([sys.executable, *argv], cwd=HERE, env=ONE_THREAD,
+        process = subprocess.Popen([sys.executable, *argv], cwd=HERE, env=ON_THE_CPU,
                                    stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         assert connected.wait(60)
         time.sleep(0.2)
