@@ -142,7 +142,7 @@ def split_dataset(dataset, seed=0, valid=0.1, share=1.0, share_new=0.0):
                              f"of {dataset.n_items:,} items new, which leaves nothing to train on "
                              "or nothing to test; choose another share")
     train = interaction_matrix(dataset, part == TRAIN)
-    held_out = interaction_matrix(dataset, part == VALID)
+    valid_matrix = interaction_matrix(dataset, part == VALID)
     test = interaction_matrix(dataset, part == TEST)
     if not train.nnz:
         raise InputError(f"{dataset.name}: the split leaves nothing to train on: "
@@ -152,14 +152,14 @@ def split_dataset(dataset, seed=0, valid=0.1, share=1.0, share_new=0.0):
         if dataset.labels is None:
             reason = "no user has two interactions or more"
         raise InputError(f"{dataset.name}: the split leaves nothing to test: {reason}")
-    if valid > 0 and not held_out.nnz:
+    if valid > 0 and not valid_matrix.nnz:
         raise InputError(f"{dataset.name}: nothing is left to validate on: "
                          "pass --valid 0 to train for a fixed number of epochs")
     n_tested = np.sum(np.diff(test.indptr) > 0)
     of_new = "" if new_items is None else f" on {len(new_items):,} new items"
-    print(f"split: {train.nnz:,} training, {held_out.nnz:,} validation, {test.nnz:,} test "
+    print(f"split: {train.nnz:,} training, {valid_matrix.nnz:,} validation, {test.nnz:,} test "
           f"interactions; {n_tested:,} users are tested{of_new}", flush=True)
-    return Parts(train, held_out, test, part == TRAIN, fingerprint(dataset, train), new_items)
+    return Parts(train, valid_matrix, test, part == TRAIN, fingerprint(dataset, train), new_items)
 
 
 def published_split(dataset, seed, valid):
@@ -325,7 +325,8 @@ def features(dataset, modalities, encoder="auto", data_dir=Path("data"), clip=CL
     if encoder == "auto":
         ready, encoder = dataset.ready, dataset.encoder
     device = run.device_name(device)
-    load_once, made = functools.cache(encode.load_encoder), {}
+    load_once = functools.cache(encode.load_encoder)
+    made = {}
     for modality, what in CONTENT.items():
         if modality not in modalities:
             continue
@@ -414,7 +415,7 @@ def save_embeddings(path, dataset, parts, user, item, meta):
     disk.write_file(path, lambda file: np.savez(file, **arrays))
 
 
-ARRAYS = ("item", "item_ids", "user_ids", "meta", "fingerprint", "user")
+REQUIRED = ("item", "item_ids", "user_ids", "meta", "fingerprint")  # a method may have no "user"
 
 
 def load_embeddings(path):
@@ -423,8 +424,8 @@ def load_embeddings(path):
     try:
         check_unpacked_size(path)
         with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in ARRAYS if name in file.files}
-        for name in ARRAYS[:-1]:
+            arrays = {name: file[name] for name in (*REQUIRED, "user") if name in file.files}
+        for name in REQUIRED:
             if name not in arrays:
                 raise InputError(
                     f"{path}: no array '{name}'; it is not an emb.npz written by mmcpr.py")

@@ -57,8 +57,7 @@ def tower_state(tower):
     """
     if not tower.modalities:
         return {}
-    everyone = slice(None)  # mmcpr.ALL
-    _, alpha, projected = tower(everyone)                                   # [n, M], [n, M, d]
+    _, alpha, projected = tower(slice(None))                                # [n, M], [n, M, d]
     state = {}
     for m, name in enumerate(tower.modalities):
         has_it = tower.present[:, m]

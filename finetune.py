@@ -271,9 +271,9 @@ def out_of_patience(values, patience):
 
     Values before the lowest of the first `patience` ones do not count: a pre-trained start first
     falls, then rises above where it began, and would be stopped on its way up. From a random start
-    the first value is the lowest, so all count, which is MixGCF's rule. Example: patience 2 and
-    values .10 .05 .04 .06 .05 .05. They count from the first .05 on; the best is .06, and two
-    values without a new best follow it: True.
+    the first value is the lowest, so all count, as in MixGCF (where an equal value is a new best
+    too). Example: patience 2 and values .10 .05 .04 .06 .05 .05. They count from the first .05 on;
+    the best is .06, and two values without a new best follow it: True.
     """
     if not values:
         return False

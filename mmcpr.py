@@ -268,9 +268,11 @@ class MMCPR(nn.Module):
         if use_graphs:
             user_graph = ops.CoInteractionGraph(R, device)
             item_graph = ops.CoInteractionGraph(R.T.tocsr(), device)
-        # The letters fix the order: items_with_pair relies on T being before V.
-        user_features = {m: features[m] for m in "R" if m in features}
-        item_features = {m: features[m] for m in "TV" if m in features}
+        user_features = {"R": features["R"]} if "R" in features else {}
+        item_features = {}
+        for name in ("T", "V"):  # in this order, which items_with_pair relies on
+            if name in features:
+                item_features[name] = features[name]
         self.user_tower = Tower(n_users, user_features, user_graph, dim, n_layers)
         self.item_tower = Tower(n_items, item_features, item_graph, dim, n_layers)
         if bias == "none":
@@ -302,7 +304,8 @@ def objective(model, R, users, cima_items, positives_per_block, lam=DEFAULTS["la
     """L = lam L1 + (1 - lam) L2 of one step (Eq. 16).
 
     R: CSR tensor [n_users, n_known_items]; users int64 [B]: the block of users;
-    cima_items int64 [N]; positives_per_block: the mean number of training interactions in a block.
+    cima_items int64 [N]: those drawn for this step; positives_per_block: the mean number of
+    training interactions in a block.
 
     L1 and L2 are sums. We divide both by the same constant, positives_per_block, so that lam
     weighs the two sums, as in the paper:
@@ -340,7 +343,7 @@ class Training(NamedTuple):
     model: MMCPR
     optimizer: torch.optim.Optimizer
     R: torch.Tensor              # CSR [n_users, n_known_items]: the training interactions
-    cima_items: torch.Tensor     # int64 [N]: what CIMA trains on
+    cima_items: torch.Tensor     # int64: those that each step's N items are drawn from
     heldout_items: torch.Tensor  # int64: with lam 1, held out from CIMA to choose the epoch by
 
 
@@ -400,7 +403,8 @@ def pretrain(parts, features, args, device="cpu", checkpoint=None):
     started = time.time()
     checkpoint = checkpoint or checkpoints.Checkpoint()
     training = start_training(parts, features, args, device)
-    model, popularity = training.model, diagnostics.popularity_loss(parts.train)
+    model = training.model
+    popularity_loss = diagnostics.popularity_loss(parts.train)
 
     progress = checkpoint.restore(model, training.optimizer) or {
         "epoch": 0, "history": [], "best": None, "beat_popularity_at": None, "seconds": 0.0}
@@ -409,11 +413,11 @@ def pretrain(parts, features, args, device="cpu", checkpoint=None):
         for epoch in epochs:
             if out_of_patience(progress, args.patience):
                 break
-            l1, l2 = train_epoch(training, epoch, args)
+            l1_per_item, l2_per_positive = train_epoch(training, epoch, args)
             if epoch % args.eval_every == 0 or epoch == args.epochs:
                 value, measured = validate(training, parts, epoch, args)
-                point = {"epoch": epoch, "cima": l1, "bce": l2, **measured}
-                record(progress, point, value, model, popularity)
+                point = {"epoch": epoch, "cima": l1_per_item, "bce": l2_per_positive, **measured}
+                record(progress, point, value, model, popularity_loss)
                 epochs.set_postfix({k: f"{v:.4f}" for k, v in point.items() if k != "epoch"})
             progress["epoch"], progress["seconds"] = epoch, time.time() - started
             checkpoint.update(model, training.optimizer, progress)
@@ -425,20 +429,17 @@ def pretrain(parts, features, args, device="cpu", checkpoint=None):
         raise run.InputError(f"the tables are not finite at epoch {best['epoch']}; "
                              f"lower --lr (now {args.lr})")
     report = make_report(training, parts, user, item, progress)
-    report |= {"popularity_loss": popularity, "interrupted": progress["interrupted"],
+    report |= {"popularity_loss": popularity_loss, "interrupted": progress["interrupted"],
                "seconds": round(time.time() - started, 1)}
     return user.cpu().numpy(), item.cpu().numpy(), report
 
 
-def record(progress, point, value, model, popularity):
-    """Adds a validation to `progress`, and the model's weights if it is the best so far.
-
-    popularity: diagnostics.popularity_loss.
-    """
+def record(progress, point, value, model, popularity_loss):
+    """Adds a validation to `progress`, and the model's weights if it is the best so far."""
     progress["history"].append(point)
     # At first the model learns how popular items are, and validation stands still. Patience starts
     # when the model knows more than that. (With lam 1 the BCE is 0, so patience starts at once.)
-    beats_popularity = diagnostics.beats_popularity(point["bce"], popularity)
+    beats_popularity = diagnostics.beats_popularity(point["bce"], popularity_loss)
     if progress["beat_popularity_at"] is None and beats_popularity:
         progress["beat_popularity_at"] = point["epoch"]
     # The epoch is chosen on validation; test is not looked at here.
@@ -472,7 +473,7 @@ def choose_cima_items(model, args):
     items = model.items_with_pair().to(device)
     # Shuffled, so that the held-out tenth is a random one.
     items = items[torch.randperm(len(items)).to(device)]
-    if args.lam > 0 and len(items) < 2 and {"T", "V"} <= set(args.modalities):
+    if 0 < args.lam < 1 and len(items) < 2 and {"T", "V"} <= set(args.modalities):
         print("no two items have both text and image: CIMA is left out")
     n_heldout = len(items) // 10 if args.lam == 1 else 0
     if args.lam == 1 and n_heldout < 2:
@@ -554,8 +555,8 @@ def arguments():
 
 
 def check_arguments(args):
-    finite = 0 < args.tau < np.inf and 0 < args.lr < np.inf and 0 <= args.weight_decay < np.inf
-    if not finite:
+    are_valid = 0 < args.tau < np.inf and 0 < args.lr < np.inf and 0 <= args.weight_decay < np.inf
+    if not are_valid:
         raise run.InputError(
             "--tau and --lr must be above 0, --weight-decay at least 0, all finite")
     if args.lam > 0 and args.batch < 2:

@@ -44,13 +44,12 @@ import data
 import diagnostics
 import disk
 import finetune
-import metrics
 import mmcpr
 import ops
 
-METHODS = ("popular", "constant", "clip", "mmgcn", "gptgnn", "graphbert", "pmgt", "gcnp")
-CONTENT_FREE = METHODS[:2]  # methods that read no features and learn nothing
-UNTRAINED = METHODS[:3]     # methods that learn nothing
+CONTENT_FREE = ("popular", "constant")  # methods that read no features and learn nothing
+UNTRAINED = (*CONTENT_FREE, "clip")     # methods that learn nothing
+METHODS = (*UNTRAINED, "mmgcn", "gptgnn", "graphbert", "pmgt", "gcnp")
 N_HEADS = {"gptgnn": 4, "graphbert": 2, "pmgt": 2}  # attention heads of the methods that have any
 
 
@@ -245,7 +244,9 @@ class MMGCN(InteractionMethod):
     Where the paper and the authors' code differ, this follows the paper: it sums over modalities
     (the code takes the mean), and it trains id and preferences (in the code they are plain
     tensors that Adam never sees). Ours: every modality goes through a linear layer as wide as its
-    features, but at most 256 (theirs: only the visual one, 256 wide).
+    features, but at most 256 (theirs: only the visual one, 256 wide); the first convolution leads
+    from there to dim (theirs: as wide as its input); the penalty is on the ids of users and
+    positives and on all preferences (theirs: negatives too, and only the visual ones).
     """
 
     def __init__(self, train, views, dim, batch, n_layers=3, width=256, reg=1e-5):
@@ -380,8 +381,10 @@ class GPTGNN(ItemMethod):
     Not as the authors: each item keeps its 16 heaviest edges; the nodes of a step are the targets
     and `fan` drawn neighbours of each, not depth-6 HGSampling; all targets of a step share the
     negatives and the queue, and a target that has all of these as neighbours adds 0 to L_edge;
-    where one batch holds all items, 20 epochs are 20 steps (theirs have 256 targets each); four
-    heads; no learning rate cycle, no clipping.
+    where one batch holds all items, 20 epochs are 20 steps (theirs have 256 targets each); a
+    held-out edge of two targets is predicted from both ends (theirs: from one); the generator
+    drops entries of its input (theirs: of its output); four heads; no learning rate cycle, no
+    clipping.
     """
 
     def __init__(self, train, x, dim, batch, n_layers=3, n_heads=N_HEADS["gptgnn"], cap=16,
@@ -539,7 +542,9 @@ class GraphBERT(ItemMethod):
     The role is the colour after one refinement, the degree: in graphs this dense a second one
     would tell all items apart. Hops are 0, 1, and 2 for anything farther. Not as the authors: the
     residual is there in pre-training too, dropout is 0.3 throughout (theirs: 0.5 outside of
-    attention), batches instead of all items at once.
+    attention), batches instead of all items at once; one training has both losses (theirs: one
+    each), the features' summed over the columns (theirs: the mean); linear maps start as torch
+    has them.
     """
 
     def __init__(self, train, x, mask, dim, batch, k=7, n_layers=2,
@@ -649,13 +654,13 @@ def walk(graph, nodes, rng):
 def mcn_sampling(graph, rng, sizes=(10, 5, 2), k=10):
     """Each item's k contextual neighbours, best in front, int64 [n, k] (MCNSampling).
 
-    Hop h draws sizes[h] neighbours of every node that hop h - 1 drew, with replacement, in
-    proportion to the edges' weights. A node scores (number of hops - h + 1) whenever hop h draws
-    it. Lists that stay short are repeated; an item without neighbours is its own context.
+    Hop h = 1, 2, ... draws sizes[h - 1] neighbours of every node that hop h - 1 drew, with
+    replacement, in proportion to the edges' weights; hop 0 is the item itself. A node scores
+    (number of hops - h + 1) whenever hop h draws it. Lists that stay short are repeated; an item
+    without neighbours is its own context.
     graph: weighted CSR [n, n].
     """
     n = graph.shape[0]
-    # Hop 0 is the item itself.
     reached = np.arange(n, dtype=np.int64)[:, None]                                # [n, drawn]
     keys, points = [], []
     for hop, size in enumerate(sizes):
@@ -738,9 +743,11 @@ class PMGT(ItemMethod):
     Not as the authors: the other linear maps start as torch has them (theirs: N(0, .01)); the
     graph is MMCPR's G_i, with each item's 64 heaviest edges (theirs: edges of three shared users
     or more); an item is not in its own context; the mask vector is learned; only the contexts of
-    the batch's own items are masked; the features are unit rows, and their squared errors are
-    summed over the columns (theirs: raw features, the mean); no warm-up, no falling rate, no
-    clipping. The first loss is the paper's, on cosines alone (their code stacks norms too).
+    the batch's own items are masked, and not for the first loss (theirs: for both); the
+    feed-forward layers are dim wide (theirs: half of it); the features are unit rows, and their
+    squared errors are summed over the columns (theirs: raw features, the mean); no warm-up, no
+    falling rate, no clipping. The first loss is the paper's, on cosines alone (their code stacks
+    norms too).
     """
 
     def __init__(self, train, views, dim, batch, n_layers=2, n_heads=N_HEADS["pmgt"], beta=0.2,
@@ -1021,7 +1028,7 @@ def validate(user, item, parts):
         degree = np.maximum(np.diff(parts.train.indptr), 1)[:, None]
         mean = parts.train @ item.numpy() / degree
         user = torch.from_numpy(mean.astype(np.float32))
-    return metrics.evaluate(user, item, parts.train, parts.valid, (20,))["recall@20"]
+    return mmcpr.validation_recall(user, item, parts)
 
 
 def mean_cosine(table):
@@ -1073,7 +1080,8 @@ def pretrain(args, parts, features, lr):
     started = time.time()
     model = build_model(args, parts.train, features)
     optimizer = make_optimizer(args.method, model, lr)
-    best, history, step = {"recall@20": -1.0}, [], 0
+    best = {"recall@20": -1.0}
+    history, step = [], 0
     bar = tqdm(range(1, args.epochs + 1), desc=f"{args.method}, lr {lr:g}", unit="epoch")
     for epoch in bar:
         losses = train_epoch(model, optimizer)
@@ -1092,7 +1100,7 @@ def pretrain(args, parts, features, lr):
         if recall is None or recall > best["recall@20"]:
             best, best_user, best_item = point, user, item
         bar.set_postfix_str(f"loss {point['loss']:.4f}" + recall_text(recall))
-        n_waited = sum(point["epoch"] > best["epoch"] for point in history)
+        n_waited = len(history) - 1 - history.index(best)
         if step - best["step"] >= args.patience and n_waited >= MIN_VALIDATIONS:
             break
     bar.close()
@@ -1184,14 +1192,14 @@ def untrained(args, parts, features, same_space):
     return Trial(user, item, report)
 
 
-def validation_recall(trial):
+def recall_of(trial):
     return trial.report["recall@20"] or 0
 
 
 def best_report(trials):
     """The report of the best trial, with what the others found."""
     # Without validation all trials would have 0 here, but then there is only one.
-    best = max(trials, key=validation_recall)
+    best = max(trials, key=recall_of)
     size = {"item": diagnostics.rms(best.item)}
     if best.user is not None:
         size["user"] = diagnostics.rms(best.user)
@@ -1204,7 +1212,7 @@ def best_report(trials):
 
 def save_best(path, trials, is_whole, dataset, parts, meta):
     """Writes the best of the trials so far as an emb.npz; is_whole: no trial is to come."""
-    best = max(trials, key=validation_recall)
+    best = max(trials, key=recall_of)
     user = None if best.user is None else best.user.numpy()
     # finetune.py tells of an interrupted one.
     meta = meta | {"report": best_report(trials) | {"interrupted": not is_whole}}
@@ -1276,6 +1284,9 @@ def check_arguments(args):
     for lr in args.lr:
         if not 0 < lr < np.inf:
             raise run.InputError("--lr must be above 0 and finite")
+    if args.new_items and args.method not in UNTRAINED:
+        raise run.InputError("--new-items: this method would train on the new items, as negatives "
+                             "or by their contents; leave it out")
     n_heads = N_HEADS.get(args.method, 1)
     if args.dim % n_heads:
         raise run.InputError(f"--dim {args.dim}: {args.method} has {n_heads} attention heads; "

@@ -838,6 +838,12 @@ def test_width_that_the_heads_do_not_divide(shop_folder, capsys, method, n_heads
     assert pretrain(method, "--dim", n_heads, "--epochs", 1, "--lr", 0.01) == 0
 
 
+def test_baseline_that_is_trained_does_not_know_new_items(shop_folder, capsys):
+    assert pretrain("pmgt", "--new-items", 0.1) == 2
+    assert "would train on the new items" in capsys.readouterr().err
+    assert pretrain("constant", "--new-items", 0.1) == 0
+
+
 def test_rate_of_a_baseline_is_above_0(shop_folder, capsys):
     assert pretrain("mmgcn", "--lr", 0.01, 0) == 2
     assert "--lr must be above 0" in capsys.readouterr().err
