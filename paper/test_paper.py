@@ -1333,15 +1333,21 @@ def test_not_trained_is_what_it_says():
 
 
 def test_patience_of_a_sweep_is_that_of_mmcpr(sweep):
-    """It counts epochs; that of the other systems counts steps, and stays theirs."""
-    assert sweep.target("table2", *SHORT, "--patience", 7) == 0
+    """It counts epochs; that of the other systems counts steps, and stays theirs. --epochs is of
+    those of them that are trained."""
+    assert sweep.target("table2", *SHORT, "--patience", 7, "--epochs", 9) == 0
     trained = sweep.ran_script("mmcpr.py")
     for command in trained:
         assert command[command.index("--patience") + 1] == "7"
+        assert "--epochs" not in command
     # MMCPR, without reviews, contents shuffled, by the paper's recipe; Eq. 15 alone.
     assert len(trained) == 5
     for command in sweep.ran_script("baselines.py"):
         assert "--patience" not in command
+        is_trained = command[command.index("--method") + 1] not in baselines.UNTRAINED
+        assert (("--epochs", "9") in zip(command, command[1:])) == is_trained
+    title = (FOLDER / "table2.md").read_text().splitlines()[0]
+    assert title.endswith("patience 7, at most 9 epochs of the other systems")
     assert "1e-2" in table_row("table2", "MMCPR")
 
 
