@@ -1748,14 +1748,14 @@ def test_cells_side_by_side_in_processes_of_their_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     short = ("--epochs", "2", "--eval-every", "1")
     wanted = [Cell(("mmcpr.py", *short), (*short, *reproduce.XAVIER), 0),
-              Cell(("mmcpr.py", *short), short, 0), Cell(None, short, 0, ("--keep", "0.5"))]
+              Cell(None, short, 0, ("--keep", "0.5"))]
     cells = Cells([f"--data={tmp_path / 'shop'}"], [], "abc", tmp_path / "results", 2)
     found = cells.run(wanted, "cells")
     assert all(cell["finetune"]["epochs_run"] <= 2 for cell in found)
-    assert [cell["finetune"]["scale"] for cell in found] == ["xavier", "asis", "asis"]
+    assert [cell["finetune"]["scale"] for cell in found] == ["xavier", "asis"]
     n_train = data.split_dataset(data.load("shop", contents=False), share=0.5).train.nnz
-    assert cells.per_user(wanted[2])["train"].sum() <= n_train
-    # Both scales start from the same tables; no checkpoint, no part, no metrics are left.
+    assert cells.per_user(wanted[1])["train"].sum() <= n_train
+    # No checkpoint, no part, no metrics are left.
     assert len(list(tmp_path.glob("results/tables/*"))) == 1
     assert {path.suffix for path in tmp_path.glob("results/cells/*")} == {".json", ".npz"}
     assert not list(tmp_path.rglob("*.ckpt"))
