@@ -1217,23 +1217,27 @@ def outcome(folder):
     return arrays["user"], arrays["item"], reports
 
 
-def test_interrupted_run_goes_on_to_the_same_bits(tmp_path, monkeypatch, capsys):
-    """The real commands, ended at whatever moment, one by kill -9, one by SIGTERM; resumed."""
+def test_interrupted_run_goes_on_to_the_same_bits(tmp_path, interrupted, monkeypatch, capsys):
+    """The real commands, ended at whatever moment, one by kill -9, one by SIGTERM; resumed,
+    interrupted once more, resumed."""
     with ThreadPoolExecutor(2) as pool:  # they take seconds to start, so both at once
-        runs = [pool.submit(start_and_kill, tmp_path / "mmcpr.py", "mmcpr.py", signal.SIGKILL),
-                pool.submit(start_and_kill, tmp_path / "finetune.py", "finetune.py",
-                            signal.SIGTERM)]
+        runs = [pool.submit(start_and_kill, tmp_path / "mmcpr.py/cut", signal.SIGKILL),
+                pool.submit(start_and_kill, tmp_path / "finetune.py/cut", signal.SIGTERM)]
         for done in runs:
             done.result()
+    # The others in this process, which has loaded torch already.
     for script, main in (("mmcpr.py", mmcpr.main), ("finetune.py", finetune.main)):
         whole, cut = tmp_path / script / "whole", tmp_path / script / "cut"
         whole.mkdir()
         write_shop(whole / "shop")
-        # These two in this process, which has loaded torch already.
-        for folder, resume in ((whole, ()), (cut, ("--resume",))):
-            monkeypatch.chdir(folder)
-            assert call(main, *RUNS[script], *resume) == 0
-            assert ("goes on after epoch" in capsys.readouterr().out) == bool(resume)
+        monkeypatch.chdir(whole)
+        assert call(main, *RUNS[script]) == 0
+        monkeypatch.chdir(cut)
+        capsys.readouterr()
+        interrupted(main, *RUNS[script], "--resume", after=9)
+        assert "goes on after epoch" in capsys.readouterr().out
+        assert call(main, *RUNS[script], "--resume") == 0
+        assert "goes on after epoch" in capsys.readouterr().out
         assert not [*cut.glob("*.ckpt"), *cut.glob(".*.tmp")]
         user, item, reports = outcome(whole)
         user_cut, item_cut, reports_cut = outcome(cut)
@@ -1241,13 +1245,12 @@ def test_interrupted_run_goes_on_to_the_same_bits(tmp_path, monkeypatch, capsys)
         assert reports == reports_cut
 
 
-def start_and_kill(folder, script, kill):
-    """Leaves folder/cut, and in it the checkpoint of a command that got the signal `kill`."""
-    cut = folder / "cut"
+def start_and_kill(cut, kill):
+    """Leaves in <script>/cut the checkpoint of the script, which got the signal `kill`."""
+    script = cut.parent.name
     cut.mkdir(parents=True)
     write_shop(cut / "shop")
     command = [sys.executable, HERE / script, *RUNS[script], "--resume", "--checkpoint-every", "0"]
-
     process = subprocess.Popen(command, cwd=cut, env=ON_THE_CPU, stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE)
     while process.poll() is None and not list(cut.glob("*.ckpt")):
