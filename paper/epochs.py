@@ -7,7 +7,7 @@
 
 The paper names a thousand epochs, and no validation. Here no epoch is chosen: every --eval-every
 epochs the test is ranked, and all of these results are written. The options are those of
-finetune.py that say how to train, with one seed.
+finetune.py that say how to train, with one seed. An interrupted run goes on with --resume.
 """
 import json
 import shlex
@@ -18,29 +18,36 @@ import run  # before the libraries: from here on Ctrl-C ends in one line
 
 from tqdm import tqdm
 
+import checkpoints
 import data
 import disk
 import finetune
 from paper.figures import draw_lines, plot
 
 
-def train(parts, init, args, write):
+def train(parts, init, args, checkpoint, write):
     """Trains as finetune.finetune does; calls write(points) after every test.
 
     points: [{"epoch": int, "loss": float, "recall@20": float, ...}], epoch 0 without a loss.
+    Returns the progress: its points, the last epoch, and whether Ctrl-C ended the training.
     """
     training = finetune.start_training(parts, init, args, args.seeds[0], args.device)
-    points, loss = [], None
-    bar = tqdm(range(args.epochs + 1), unit="epoch")
-    for epoch in bar:
-        # Epoch 0 is the tables as given.
-        if epoch > 0:
-            loss = finetune.train_epoch(training, epoch, args)
-        if epoch % args.eval_every == 0 or epoch == args.epochs:
-            test, _ = finetune.rank_test(*training.model.embed(), parts)
-            points.append({"epoch": epoch, "loss": loss} | test)
-            bar.set_postfix({"loss": loss, "test recall@20": f"{test['recall@20']:.4f}"})
-            write(points)
+    model, optimizer = training.model, training.optimizer
+    # All points are handed over, so they are what the checkpoint calls the best.
+    progress = checkpoint.restore(model, optimizer) or {"epoch": -1, "best": None}
+    with checkpoint.loop(progress, args.epochs, "fine-tuning", 0) as epochs:
+        for epoch in epochs:
+            # Epoch 0 is the tables as given.
+            loss = finetune.train_epoch(training, epoch, args) if epoch > 0 else None
+            if epoch % args.eval_every == 0 or epoch == args.epochs:
+                test, _ = finetune.rank_test(*model.embed(), parts)
+                points = (progress["best"] or []) + [{"epoch": epoch, "loss": loss} | test]
+                progress["best"] = points
+                epochs.set_postfix({"loss": loss, "test recall@20": f"{test['recall@20']:.4f}"})
+                write(points)
+            progress["epoch"] = epoch
+            checkpoint.update(model, optimizer, progress)
+    return progress
 
 
 def train_and_write(args):
@@ -51,7 +58,20 @@ def train_and_write(args):
                  "seed": args.seeds[0], "points": points}
         disk.write_file(args.metrics, lambda file: json.dump(found, file, indent=1), "w")
 
-    train(parts, arrays, args, write)
+    tables = [arrays[side] for side in ("user", "item") if arrays and side in arrays]
+    # With the curve's name, so that --resume continues this curve and overwrites no other.
+    options = data.training_options(args, "init") | {"metrics": args.metrics}
+    path = f"epochs.{checkpoints.run_id(options, parts, tables)}.ckpt"
+    with checkpoints.Checkpoint(path, args.resume, args.checkpoint_every) as checkpoint:
+        # The first test is written before any training: it would overwrite an earlier curve.
+        if checkpoint.training is None and Path(args.metrics).exists():
+            raise run.InputError(f"{args.metrics} is there, and would be written over; name "
+                                 "another, or delete it")
+        progress = train(parts, arrays, args, checkpoint, write)
+    if progress["interrupted"]:
+        raise run.InputError(f"interrupted at epoch {progress['epoch']}; {args.metrics} has the "
+                             f"tests so far; {checkpoint.remedy()}")
+    checkpoint.remove()
     print(f"wrote {args.metrics}; next: python -m paper.epochs --figure epochs.png "
           f"{shlex.quote(args.metrics)}")
 
@@ -81,8 +101,9 @@ def read_points(path):
 
 
 def check_arguments(args, parser):
-    for name in ("patience", *data.BESIDE):
-        if name != "metrics" and getattr(args, name) != parser.get_default(name):
+    allowed = {"metrics", "resume", "checkpoint_every"}
+    for name in sorted({"patience", *data.BESIDE} - allowed):
+        if getattr(args, name) != parser.get_default(name):
             raise run.InputError(f"--{name.replace('_', '-')}: paper.epochs writes --metrics alone "
                                  "and stops at --epochs; leave it out")
     if len(args.seeds) > 1 or args.curves:
@@ -91,10 +112,6 @@ def check_arguments(args, parser):
     finetune.check_arguments(args)
     if not args.metrics:
         raise run.InputError("--metrics must say where the curve goes")
-    # The first test is written before any training: it would overwrite an earlier, whole curve.
-    if Path(args.metrics).exists():
-        raise run.InputError(f"{args.metrics} is there, and would be written over; name another, "
-                             "or delete it")
 
 
 def main(argv=None):

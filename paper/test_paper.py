@@ -997,6 +997,23 @@ def test_curve_is_not_written_over_another(shop_folder, capsys):
     assert Path("c.json").read_bytes() == before
 
 
+def test_interrupted_curve_goes_on_to_the_same_bits(interrupted, capsys):
+    flags = ("--init", "emb.npz", "--epochs", 5, "--eval-every", 2, "--metrics")
+    assert call(epochs.main, *flags, "whole.json") == 0
+    assert not list(Path().glob("*.ckpt"))
+    # One step an epoch: the third is the first after a test.
+    interrupted(epochs.main, *flags, "curve.json", after=3)
+    assert "interrupted at epoch 2; curve.json has the tests so far" in capsys.readouterr().err
+    points = json.loads(Path("curve.json").read_text())["points"]
+    assert [point["epoch"] for point in points] == [0, 2]
+    # No curve is written over: neither another one, nor this one from its start.
+    assert call(epochs.main, *flags, "whole.json", "--resume") == 2
+    assert call(epochs.main, *flags, "curve.json") == 2
+    assert call(epochs.main, *flags, "curve.json", "--resume") == 0
+    assert Path("curve.json").read_bytes() == Path("whole.json").read_bytes()
+    assert not list(Path().glob("*.ckpt"))
+
+
 @pytest.mark.parametrize("flags, words", [
     ((), "--metrics must say where"), (("--figure", "f.png"), "name some"),
     (("--figure", "f.png", "no.json"), "no.json: not there"),
