@@ -14,7 +14,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import disk
-from run import InputError, all_sum, is_machines, is_main_process, non_negative
+from run import InputError, all_sum, is_machine_fault, is_main_process, non_negative
 
 
 def add_checkpoint_arguments(parser):
@@ -68,8 +68,8 @@ class Checkpoint:
                 state = torch.load(path, map_location="cpu", weights_only=True)
                 self.results, self.training = state["results"], state["training"]
         elif exists:
-            print(f"{path}: checkpoint of this run, interrupted; --resume would continue it, "
-                  "now it starts anew")
+            print(f"{path}: checkpoint of this run, interrupted; --resume would continue it; "
+                  "without --resume the run starts anew")
         elif resume:
             print(f"{path}: no checkpoint of this data and these options; "
                   "starting from the beginning")
@@ -80,7 +80,7 @@ class Checkpoint:
         try:
             yield
         except Exception as error:
-            if is_machines(error):
+            if is_machine_fault(error):
                 raise
             raise InputError(f"{self.path}: not a checkpoint of this version, or damaged; "
                              "delete it and start anew") from None
@@ -103,8 +103,9 @@ class Checkpoint:
             raise InputError(f"interrupted; {self.remedy()}") from None
 
     def on_signal(self, number, frame):
-        # If one process left its epoch, the others would wait for its gradients. And torch.save
-        # takes an exception that is raised inside it for an error of its own.
+        # Two cases in which an exception would do harm: other processes would wait for this one's
+        # gradients, and torch.save would take it for an error of its own. Then the signal is only
+        # noted, and `update` or `write` obeys it.
         if dist.is_initialized() or self.is_writing:
             self.stop_asked = True
         else:

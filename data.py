@@ -32,7 +32,7 @@ from run import InputError
 
 # --- The split (Section 4.1.1) ----------------------------------------------------------------
 
-DROPPED = -1  # part of an interaction that --keep or --new-items leaves out
+DROPPED = -1  # label of an interaction that --keep or --new-items leaves out
 
 
 def split(users, seed=0, valid=0.1):
@@ -54,7 +54,7 @@ def split(users, seed=0, valid=0.1):
 
 
 def random_place(users, rng):
-    """int64 [n]: each interaction's place, 0 to n_u - 1, in a random order of its user's."""
+    """int64 [n]: each interaction's place, 0 to n_u - 1, when its user's are shuffled."""
     # Sort by user, in random order within a user. Then an interaction's place is its distance
     # from where its user starts.
     order = np.lexsort((rng.random(len(users)), users))
@@ -275,7 +275,8 @@ def check_is_made(folder, data):
     """InputError where a data set that would have to be made or downloaded is not there."""
     if not (folder / "source.json").is_file():
         raise InputError(f"{folder}: {data} is not there, and for an emb.npz nothing is made or "
-                         f"downloaded; pass --data {data} to make it in ./data, or --data-dir")
+                         f"downloaded; pass --data {data} to make it in ./data, or say by "
+                         "--data-dir where it is")
 
 
 def report_counts(dataset, paper):
@@ -332,11 +333,15 @@ def features(dataset, modalities, encoder="auto", data_dir=Path("data"), clip=CL
             continue
         if modality in dataset.ready and modality not in ready:
             name = dataset.ready[modality][0].name
-            print(f"{what}: {name} is not used with --encoder {encoder}, but with --encoder auto")
+            print(f"{what}: {name} is not used with --encoder {encoder}; with --encoder auto "
+                  "it would be")
         contents = None
         if modality in ready:
             path, rows = ready[modality]
-            table = np.load(path, mmap_mode="r", allow_pickle=False)[rows]
+            table = np.load(path, mmap_mode="r", allow_pickle=False)
+            # Indexing copies: where all rows are used, in order, the table stays on disk.
+            if not np.array_equal(rows, np.arange(len(table))):
+                table = table[rows]
         else:
             contents = contents_of(dataset, modality)
             if contents is None:
@@ -439,7 +444,7 @@ def load_embeddings(path):
     except MemoryError:
         raise InputError(f"{path}: not enough memory for its tables") from None
     except Exception as error:  # zipfile, zlib, pickle, json and numpy each raise their own
-        if run.is_machines(error):
+        if run.is_machine_fault(error):
             raise
         raise InputError(f"{path}: cut off, pickled or not an .npz file; "
                          "make it again with python mmcpr.py") from None
@@ -527,7 +532,7 @@ def is_data_option(name, value):
 def add_data_arguments(parser):
     """Adds the flags for the data and its split. One not given is None: emb.npz may say it."""
     group = parser.add_argument_group(
-        "data", "defaults are those of a new run; finetune.py --init knows its tables' own")
+        "data", "finetune.py --init FILE takes what is not given from FILE; else the defaults hold")
     group.add_argument("--data", help="demo, vg, tg, amazon:<Category>, or a folder "
                        "(default: demo)")
     group.add_argument("--data-dir", help="where data is made, downloaded and cached "
@@ -536,7 +541,7 @@ def add_data_arguments(parser):
                        help="keep interactions rated R or more, with the users and items that have "
                        "any (default: all)")
     group.add_argument("--min-count", type=run.non_negative, help="keep users and items with this "
-                       "many interactions, to the fixpoint (default: all)")
+                       "many interactions, again and again until all have (default: all)")
     group.add_argument("--sample", type=run.non_negative, help="then draw this many interactions "
                        "(default: all)")
     group.add_argument("--valid", type=run.fraction, help="part of the training interactions held "
@@ -545,7 +550,8 @@ def add_data_arguments(parser):
                        "each user's training interactions, at least one (default: all)")
     group.add_argument("--new-items", type=run.fraction, metavar="SHARE", help="test on this share "
                        "of the items, without any interaction in training (default: none)")
-    group.add_argument("--split-seed", type=run.non_negative, help="(default: 0)")
+    group.add_argument("--split-seed", type=run.non_negative, help="seed of the split, and of "
+                       "--sample, --keep and --new-items (default: 0)")
     group.add_argument("--amazon-url", help="where the Amazon 2018 release is "
                        "(default: AMAZON_URL in amazon.py)")
 

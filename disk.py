@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from run import InputError, is_machines
+from run import InputError, is_machine_fault
 
 
 # --- Files that can be read ---------------------------------------------------------------
@@ -49,7 +49,7 @@ def open_npy(path, remedy):
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except Exception as error:  # numpy, ast, zipfile and mmap raise errors of many kinds
-        if is_machines(error):
+        if is_machine_fault(error):
             raise
         reason = " ".join(str(error).split())[:90]
         raise InputError(f"{path}: not a readable .npy array ({reason}); {remedy}") from None

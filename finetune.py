@@ -211,12 +211,12 @@ def finetune(parts, init, args, seed, device="cpu", checkpoint=None):
             values = [point["recall@20"] for point in progress["history"]]
             if out_of_patience(values, args.patience):
                 break
-            # Epoch 0 is LightGCN over the tables as given: it is only evaluated.
             mean_loss = train_epoch(training, epoch, args) if epoch > 0 else None
             if epoch % args.eval_every == 0 or epoch == args.epochs:
                 tables = model.embed()
-                value = epoch  # without validation the last epoch is the best
-                if has_valid:
+                if not has_valid:
+                    value = epoch  # so that the last epoch is the best
+                else:
                     value = metrics.evaluate(*tables, train, parts.valid, (20,))["recall@20"]
                 # The epoch is chosen on validation. Test is ranked once, at the very end.
                 if progress["best"] is None or value > progress["best"]["value"]:
@@ -473,13 +473,13 @@ def arguments():
         help="recommend no item that the user has in training, validation or test")
     add("--dim", type=run.positive, help="width of a random start (default: 64)")
     add("--layers", type=run.non_negative, help="LightGCN layers")
-    add("--candidates", type=run.positive, help="MixGCF's M")
+    add("--candidates", type=run.positive, help="negatives drawn for each positive, MixGCF's M")
     add("--lr", type=float, help="Adam's learning rate")
     add("--l2", type=float, help="weight of the layer-0 penalty")
     add("--batch", type=run.positive, help="interactions in a step")
     add("--epochs", type=run.non_negative, help="at most")
     add("--eval-every", type=run.positive, help="epochs between two validations")
-    add("--patience", type=run.positive, help="validations in a row that bring nothing")
+    add("--patience", type=run.positive, help="validations in a row without a new best")
     add("--device", type=run.device_name, default="auto", help="auto, cpu or cuda")
     parser.set_defaults(**DEFAULTS)
     checkpoints.add_checkpoint_arguments(parser)
@@ -526,12 +526,13 @@ def finetune_and_save(args):
     arrays, dataset, parts, data_options = open_init_and_data(args)
     n_ranked = dataset.n_items if parts.new_items is None else len(parts.new_items)
     if n_ranked <= max(KS):
-        print(f"only {n_ranked} items are ranked: a list of {max(KS)} holds them all, whatever the "
-              "model; these metrics are made for more")
+        print(f"only {n_ranked} items are ranked, so Recall@{max(KS)} is 1 whatever the model; "
+              "these metrics are made for more")
     tables = []
     if arrays is not None:
         tables = [arrays[side] for side in ("user", "item") if side in arrays]
 
+    # Without the path of --init: run_id takes the tables themselves.
     options = data.training_options(args, "init")
     path = f"finetune.{checkpoints.run_id(options, parts, tables)}.ckpt"
     with checkpoints.Checkpoint(path, args.resume, args.checkpoint_every) as checkpoint:
@@ -559,11 +560,12 @@ def finetune_and_save(args):
                 break
             checkpoint.finish(result)
     print_spread(results)
-    if results[-1]["interrupted"]:
+    last = results[-1]
+    if last["interrupted"]:
         run.wait_for_all()
         raise run.InputError(
-            f"interrupted in seed {seed} at epoch {result['epochs_run']}; its best epoch so far, "
-            f"{result['epoch']}, was tested; {checkpoint.remedy()}")
+            f"interrupted in seed {last['seed']} at epoch {last['epochs_run']}; its best epoch so "
+            f"far, {last['epoch']}, was tested; {checkpoint.remedy()}")
     checkpoint.remove()
     flags = data.data_flags(data_options)
     if args.init == "random":

@@ -47,8 +47,8 @@ def evaluate_plain(user, item, seen, truth, k, users):
         interacted = set(seen[[u]].indices.tolist())
         order = (user[u] @ item.T).argsort(descending=True).tolist()
         ranked = [i for i in order if i not in interacted][:k]
-        dcg = sum(1 / np.log2(rank + 2) for rank, i in enumerate(ranked) if i in relevant)
-        ideal = sum(1 / np.log2(rank + 2) for rank in range(min(k, len(relevant))))
+        dcg = sum(1 / np.log2(place + 2) for place, i in enumerate(ranked) if i in relevant)
+        ideal = sum(1 / np.log2(place + 2) for place in range(min(k, len(relevant))))
         recalls.append(len(relevant.intersection(ranked)) / len(relevant))
         ndcgs.append(dcg / ideal)
     return {f"recall@{k}": float(np.mean(recalls)), f"ndcg@{k}": float(np.mean(ndcgs))}
@@ -98,7 +98,9 @@ def per_user(ranks, truth, ks):
     """
     n_relevant = np.diff(truth.indptr)
     n_relevant = n_relevant[n_relevant > 0]                                         # [n_tested]
-    start = np.cumsum(n_relevant) - n_relevant
+    # `ranks` has one user's entries after the other's. A user's begin at `start`, and reduceat
+    # sums from each start to the next.
+    start = np.cumsum(n_relevant) - n_relevant                                      # [n_tested]
     position = np.arange(1, max(ks) + 1, dtype=np.int64)
     discount = 1 / np.log2(position + 1)
     ideal_dcg = np.cumsum(discount)

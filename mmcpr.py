@@ -121,8 +121,10 @@ def inter_modal_aggregation(projected, present, a):
     modality gets alpha = 0; where all are missing, alpha and e are 0.
     """
     logits = F.relu(projected @ a)                                                      # [n, M]
-    # The mask comes after the ReLU, which would turn it into 0, and a logit of 0 has weight. It is
-    # the lowest number and not -inf, because a softmax over -inf alone is NaN.
+    # A missing modality must get weight 0. The mask comes after the ReLU, which would raise it to
+    # 0, and a logit of 0 has a weight, exp(0) = 1. It is the lowest number and not -inf, because a
+    # softmax over -inf alone is NaN. Where all are missing the softmax is uniform, and the product
+    # with `present` makes it 0.
     logits = logits.masked_fill(~present, torch.finfo(logits.dtype).min)
     alpha = torch.softmax(logits, 1) * present
     e = (alpha[:, :, None] * projected).sum(1)                                          # [n, d]
@@ -161,20 +163,22 @@ class Tower(nn.Module):
         super().__init__()
         self.graph, self.n_layers = graph, n_layers
         self.modalities = list(features)
-        width = {}                                                                     # {m: d_m}
-        present = []
-        for name in features:
-            x, has_it = normalise(features[name])
+        width, has_modality = {}, []                         # {m: d_m}; bool [n] of each modality
+        for name, table in features.items():
+            x, has_it = normalise(table)
             # A buffer goes to the GPU with the model; not persistent, it is in no checkpoint.
             self.register_buffer(f"feature_{name}", x, persistent=False)
             width[name] = x.shape[1]
-            present.append(has_it)
+            has_modality.append(has_it)
         if graph is not None:
             self.modalities.append("G")
             width["G"] = dim
             # A node without neighbours lacks the graph modality.
-            present.append(graph.inverse_degree[:, 0].cpu() > 0)
-        present = torch.stack(present, 1) if present else torch.ones(n, 0, dtype=torch.bool)
+            has_modality.append(graph.inverse_degree[:, 0].cpu() > 0)
+        # Without any modality M is 0, and every node uses the fallback.
+        present = torch.empty(n, 0, dtype=torch.bool)
+        if has_modality:
+            present = torch.stack(has_modality, 1)
         self.register_buffer("present", present, persistent=False)                      # [n, M]
         self.W = nn.ModuleDict()             # (Eq. 6, 12): .weight [d, d_m] is W_m^T, .bias b_m
         for name in self.modalities:
@@ -299,13 +303,13 @@ class MMCPR(nn.Module):
         return self.user_tower.embed(), self.item_tower.embed()
 
 
-def objective(model, R, users, cima_items, positives_per_block, lam=DEFAULTS["lam"],
+def objective(model, R, users, drawn_items, positives_per_block, lam=DEFAULTS["lam"],
               tau=DEFAULTS["tau"], reading=DEFAULTS["cima"]):
     """L = lam L1 + (1 - lam) L2 of one step (Eq. 16).
 
     R: CSR tensor [n_users, n_known_items]; users int64 [B]: the block of users;
-    cima_items int64 [N]: those drawn for this step; positives_per_block: the mean number of
-    training interactions in a block.
+    drawn_items int64 [N]: those that CIMA aligns; positives_per_block: the mean number of training
+    interactions in a block of full size.
 
     L1 and L2 are sums. We divide both by the same constant, positives_per_block, so that lam
     weighs the two sums, as in the paper:
@@ -318,20 +322,21 @@ def objective(model, R, users, cima_items, positives_per_block, lam=DEFAULTS["la
     # A block of users is scored against all known items, and CIMA needs some of them too.
     item, _, projected = model.item_tower(ALL)                 # [n_items, d], [n_items, M, d]
     l1_per_item = l2_per_positive = torch.zeros((), device=item.device)
-    if lam > 0 and len(cima_items) > 1:
-        aligned = projected[cima_items]                                              # [N, M, d]
+    if lam > 0 and len(drawn_items) > 1:
+        aligned = projected[drawn_items]                                             # [N, M, d]
         text, image = aligned[:, 0], aligned[:, 1]
         # Every process computes the whole term, so each adds only a share of it to the sum.
         l1_per_item = cima(text, image, tau, reading) / run.n_processes()
     if lam < 1:
         users = users[run.my_share()]
         user, _, _ = model.user_tower(users)                                            # [B, d]
-        item = item[model.known_items]
+        item = item[model.known_items]                                       # [n_known_items, d]
+        # The bias is one number; ops.bce takes one for each item.
         bias = model.bias.expand(len(item))
         rows, cols = ops.row_entries(R, users)
         l2 = ops.bce(user, item, bias, rows, cols)                                      # (Eq. 15)
         l2_per_positive = l2 / positives_per_block
-    l1 = l1_per_item * len(cima_items)  # the sum of Eq. 11
+    l1 = l1_per_item * len(drawn_items)  # the sum of Eq. 11
     loss = lam * l1 / positives_per_block + (1 - lam) * l2_per_positive                 # (Eq. 16)
     return l1_per_item, l2_per_positive, loss
 
@@ -356,16 +361,17 @@ def start_training(parts, features, args, device):
                   device, known_items)
     diagnostics.print_graphs(model)
     cima_items, heldout_items = choose_cima_items(model, args)
-    # On average over blocks, the loss contains (1 - lam) / nnz times the sum of Eq. 15. A Gaussian
-    # prior of precision c on every entry w adds c / 2 w^2 to that sum. This amounts to a weight
-    # decay of c (1 - lam) / nnz. (The last block may be smaller, but its step has the full decay.)
+    # --weight-decay is c, the precision of a Gaussian prior on every entry w: it adds c / 2 w^2 to
+    # the sum of Eq. 15. On average over blocks, the loss contains (1 - lam) / nnz times that sum,
+    # so the prior takes the same factor. What then stands for c is Adam's decay. (The last block
+    # may be smaller, but its step has the full decay.)
     decay = args.weight_decay * (1 - args.lam) / train.nnz
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, weight_decay=decay, fused=True)
     return Training(model, optimizer, R, cima_items, heldout_items)
 
 
 def train_epoch(training, epoch, args):
-    """Trains on all users once, in blocks. Returns (L1 per item, L2 per positive), floats.
+    """Trains on all users once, in blocks. Returns (L1 / N, L2 / nnz(R)), floats.
 
     InputError, which names the epoch, where these are not finite.
     """
@@ -373,25 +379,26 @@ def train_epoch(training, epoch, args):
     n_users, nnz, device = R.shape[0], len(R.values()), R.device
     batch = min(args.batch, n_users)
     positives_per_block = batch * nnz / n_users
-    loss_sums = torch.zeros(2, device=device)
+    loss_sums = torch.zeros(2, device=device)      # of L1 / N and of L2 / positives_per_block
     blocks = torch.randperm(n_users, device=device).split(batch)
     for users in blocks:
         # N items, drawn anew for each step.
         drawn = torch.randperm(len(cima_items), device=device)[:args.batch]
-        l1, l2, loss = objective(model, R, users, cima_items[drawn],
-                                 positives_per_block, args.lam, args.tau, args.cima)
+        l1_per_item, l2_per_positive, loss = objective(
+            model, R, users, cima_items[drawn], positives_per_block, args.lam, args.tau, args.cima)
         optimizer.zero_grad()
         loss.backward()
         run.sum_gradients(model)
         optimizer.step()
-        loss_sums += run.all_sum(torch.stack([l1, l2]).detach())
-    l1_per_item = loss_sums[0].item() / len(blocks)
-    # loss_sums[1] is the L2 of all users / positives_per_block; we return this L2 / nnz(R).
-    l2_per_positive = loss_sums[1].item() * positives_per_block / nnz
-    if not np.isfinite(l1_per_item + l2_per_positive):
+        loss_sums += run.all_sum(torch.stack([l1_per_item, l2_per_positive]).detach())
+    # N is the same in all steps, so the mean over the steps is L1 / N.
+    cima_loss = loss_sums[0].item() / len(blocks)
+    # The last block may be smaller, so this is no mean over the steps: it is the sum L2 / nnz(R).
+    bce_loss = loss_sums[1].item() * positives_per_block / nnz
+    if not np.isfinite(cima_loss + bce_loss):
         raise run.InputError(f"the loss is not finite at epoch {epoch}; "
                              f"lower --lr (now {args.lr})")
-    return l1_per_item, l2_per_positive
+    return cima_loss, bce_loss
 
 
 def pretrain(parts, features, args, device="cpu", checkpoint=None):
@@ -413,10 +420,10 @@ def pretrain(parts, features, args, device="cpu", checkpoint=None):
         for epoch in epochs:
             if out_of_patience(progress, args.patience):
                 break
-            l1_per_item, l2_per_positive = train_epoch(training, epoch, args)
+            cima_loss, bce_loss = train_epoch(training, epoch, args)
             if epoch % args.eval_every == 0 or epoch == args.epochs:
                 value, measured = validate(training, parts, epoch, args)
-                point = {"epoch": epoch, "cima": l1_per_item, "bce": l2_per_positive, **measured}
+                point = {"epoch": epoch, "cima": cima_loss, "bce": bce_loss, **measured}
                 record(progress, point, value, model, popularity_loss)
                 epochs.set_postfix({k: f"{v:.4f}" for k, v in point.items() if k != "epoch"})
             progress["epoch"], progress["seconds"] = epoch, time.time() - started
@@ -534,7 +541,8 @@ def arguments():
         help="a control: items have each other's texts and images, users each other's reviews")
     add("--lam", type=run.fraction, help="weight of CIMA; 0 drops it, 1 drops BCE (Eq. 16)")
     add("--tau", type=float, help="CIMA's temperature")
-    add("--cima", choices=("softmax", "bce"), help="reading of Eq. 11")
+    add("--cima", choices=("softmax", "bce"), 
+        help="reading of Eq. 11: CLIP's cross-entropy, or the formula with a sigmoid")
     add("--bias", choices=("none", "global"), help="added to the score of Eq. 15, not exported")
     add("--layers", type=run.non_negative, help="LightGCN layers of the graph encoder")
     add("--dim", type=run.positive, help="width d of the common space")

@@ -125,7 +125,8 @@ def shared_counts(R, block_entries):
     memory as a whole.
     """
     n, Rt = R.shape[0], R.T.tocsr()
-    multiplications = R @ np.diff(Rt.indptr)
+    # Row a of R R^T adds up the rows of R^T at a's columns: a multiplication for each entry there.
+    multiplications = R @ np.diff(Rt.indptr)                                               # [n]
     done = np.cumsum(np.append(0, multiplications))  # multiplications before each row
     start = 0
     while start < n:
@@ -174,7 +175,7 @@ class CoInteractionGraph:
         self.A = None
         if graph.A is not None:
             self.A = sparse_tensor(graph.A, device, dtype)
-            self.n_read = graph.A.nnz
+            self.n_read = graph.A.nnz  # entries that one product reads
         else:
             self.R = sparse_tensor(graph.R, device, dtype)
             self.Rt = sparse_tensor(graph.R.T.tocsr(), device, dtype)
@@ -364,8 +365,9 @@ def candidate_scores(query, table, candidates):
     if query.is_cuda or len(table) < M:
         return (table[candidates] @ query[:, :, None])[:, :, 0]
     # On a CPU query @ table.T is computed at the candidates' places only: no [B, M, d] is gathered.
-    # In torch a row of a sparse matrix has at most as many entries as columns, hence the test
-    # above. Its entries must be sorted and distinct. Candidates need not be, so the check is off.
+    # `places` is no proper CSR matrix, because a row's columns are unsorted and may repeat.
+    # sampled_addmm does not mind, so torch's check is off. More entries in a row than columns it
+    # refuses, hence the test of M above.
     row_starts = torch.arange(0, B * M + 1, M, dtype=torch.int32)
     places = torch.sparse_csr_tensor(
         row_starts, candidates.flatten().int(), query.new_zeros(B * M), (B, len(table)),

@@ -35,7 +35,7 @@ class InputError(Exception):
     """An error that the user can mend: its one line names the file, the row and the remedy."""
 
 
-def is_machines(error):
+def is_machine_fault(error):
     """Whether an error during reading is the fault of the machine, not of the file."""
     return isinstance(error, MemoryError) or getattr(error, "errno", None) is not None
 
@@ -57,7 +57,7 @@ def explain(error):
         return f"{error.filename}: {error.strerror}"
     out_of_memory = re.search("out of memory|allocate memory", str(error))
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and out_of_memory):
-        return "not enough memory; lower --batch, --dim or --candidates"
+        return "not enough memory; lower --batch or --dim, in finetune.py also --candidates"
     return None
 
 

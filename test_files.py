@@ -819,6 +819,16 @@ def test_ready_features_that_are_not_used_are_named(tmp_path, capsys):
     assert "text: item_text.npy is not used with --encoder tiny" in capsys.readouterr().out
 
 
+def test_ready_table_stays_on_disk_where_all_its_rows_are_used(tmp_path):
+    table = np.array([[1], [2], [3]], np.float32)
+    for pairs, on_disk in (((("u", "i"), ("u", "j"), ("v", "i")), True),
+                           ((("u", "i"), ("u", "i"), ("v", "i")), False)):  # a row counts once
+        put(tmp_path, {"interactions.csv": csv_text("user,item", pairs), "review.npy": table})
+        made = data.features(data.load(str(tmp_path)), "R")["R"]
+        assert isinstance(made, np.memmap) == on_disk
+        assert made[:, 0].tolist() == ([1, 2, 3] if on_disk else [1, 3])
+
+
 def test_cached_features_are_not_made_again(tmp_path, monkeypatch):
     rows = extract(tmp_path, TEXTS)
     assert list(np.isnan(rows).all(1)) == [not text for text in TEXTS]

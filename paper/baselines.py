@@ -131,7 +131,7 @@ def draw_columns(matrix, rows):
     Returns (columns int64 [b], has_any bool [b]); an empty row's column is 0.
     """
     begin = torch.from_numpy(matrix.indptr[rows.numpy()]).long()
-    end = torch.from_numpy(matrix.indptr[1:][rows.numpy()]).long()
+    end = torch.from_numpy(matrix.indptr[rows.numpy() + 1]).long()
     # A row's columns are one stretch of matrix.indices; the position is drawn from it.
     position = begin + (torch.rand(len(rows)) * (end - begin)).long()
     has_any = end > begin
@@ -454,6 +454,7 @@ class GPTGNN(ItemMethod):
         # The edges to predict: a held-out edge counts once for each of its ends that is a
         # target.
         is_positive = is_held_out & (receiver < b)
+        # As in the authors' code: of so few edges there is no edge loss.
         if is_positive.sum() <= 8:
             return l_attr / 2
         l_edge = self.edge_loss(h[:n], nodes, sender[is_positive], receiver[is_positive], b)
@@ -509,7 +510,7 @@ def intimacy(graph, k, alpha=0.15, n_steps=20, block=512):
         p = e
         for _ in range(n_steps):
             p = alpha * e + (1 - alpha) * graph.inverse_degree * graph.adjacency(p)  # [n, b]
-        # An item stands in its own context only in places for which it reaches no other item.
+        # Put last, an item fills only those places of its context for which it reaches no other.
         p[rows, rows - start] = -1
         top = p.T.topk(k)
         indices.append(torch.where(top.values > 0, top.indices, rows[:, None]))
@@ -737,10 +738,11 @@ class PMGT(ItemMethod):
     random item (label 0). The second predicts the input features of masked context items from
     their tokens' outputs. 20 % are masked; of these 80 % become the mask vector, 10 % another item.
 
-    Positions and roles start from N(0, .01), so that they do not drown the contents; projections
-    and gate start Xavier-uniform, their biases at 0. Both choices are the authors'.
+    Positions and roles start normal with standard deviation .01, so that they do not drown the
+    contents; projections and gate start Xavier-uniform, their biases at 0. Both choices are the
+    authors'.
 
-    Not as the authors: the other linear maps start as torch has them (theirs: N(0, .01)); the
+    Not as the authors: the other linear maps start as torch has them (theirs: as positions); the
     graph is MMCPR's G_i, with each item's 64 heaviest edges (theirs: edges of three shared users
     or more); an item is not in its own context; the mask vector is learned; only the contexts of
     the batch's own items are masked, and not for the first loss (theirs: for both); the
@@ -859,7 +861,7 @@ class PMGT(ItemMethod):
         score = torch.cat([score_near, score_far])
         if not len(score):
             return 0
-        label = torch.arange(len(score)) < has_near.sum()
+        label = torch.arange(len(score)) < len(score_near)  # the near ones come first
         return F.binary_cross_entropy_with_logits(score, label.float())
 
     def feature_loss(self, rows):
@@ -959,7 +961,7 @@ class GCNP(InteractionMethod):
                 self.graphs.append(ops.CoInteractionGraph(R))
             else:
                 self.graphs.append(NeighbourGraph(nearest_neighbours(x, k)))
-            # Small numbers of either sign.
+            # Uniform between -0.1 / sqrt(dim) and 0.1 / sqrt(dim), as the authors draw them.
             uniform = 2 * torch.rand(R.shape[0], dim) - 1
             self.tables.append(nn.Parameter(uniform * 0.1 / dim ** 0.5))
             self.layers.append(nn.ModuleList())

@@ -33,7 +33,7 @@ def train(parts, init, args, checkpoint, write):
     """
     training = finetune.start_training(parts, init, args, args.seeds[0], args.device)
     model, optimizer = training.model, training.optimizer
-    # All points are handed over, so they are what the checkpoint calls the best.
+    # The loop asks of "best" only whether there is anything to hand over. Here all points are.
     progress = checkpoint.restore(model, optimizer) or {"epoch": -1, "best": None}
     with checkpoint.loop(progress, args.epochs, "fine-tuning", 0) as epochs:
         for epoch in epochs:
@@ -59,7 +59,8 @@ def train_and_write(args):
         disk.write_file(args.metrics, lambda file: json.dump(found, file, indent=1), "w")
 
     tables = [arrays[side] for side in ("user", "item") if arrays and side in arrays]
-    # With the curve's name, so that --resume continues this curve and overwrites no other.
+    # Without the path of --init, because run_id takes the tables themselves; with the curve's, so
+    # that --resume continues this curve and overwrites no other.
     options = data.training_options(args, "init") | {"metrics": args.metrics}
     path = f"epochs.{checkpoints.run_id(options, parts, tables)}.ckpt"
     with checkpoints.Checkpoint(path, args.resume, args.checkpoint_every) as checkpoint:

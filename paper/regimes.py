@@ -7,7 +7,7 @@ import numpy as np
 
 from paper import compare
 from paper.figures import draw_lines, plot
-from paper.sweep import (CONTROLS, NO_CIMA, SYSTEMS, THE_PAPERS, best_of, choice_columns,
+from paper.sweep import (CONTROLS, NO_CIMA, PAPERS_RECIPE, SYSTEMS, best_of, choice_columns,
                          choose_scale, gain, gains_over_mmcpr, p_note, scale_cells,
                          smallest_difference, table_lines, test_values, title_of)
 
@@ -90,7 +90,7 @@ def regimes_by_papers_recipe(sweep):
 
     Graphs alone are left out: they would take hours more, and no gain is told over them.
     """
-    wanted = starts(sweep, THE_PAPERS)
+    wanted = starts(sweep, PAPERS_RECIPE)
     del wanted["Graphs alone"]
     rows_at = run_starts(sweep, wanted, "the paper's recipe", splits_of(TWO_SHARES))
     lines = [title_of(sweep, "The map by the paper's recipe"), ""]
@@ -105,7 +105,7 @@ def regime_lines(sweep, kept, rows):
     best = best_of(controls, "recall@20")
     over_best, over_random, epochs = {}, {}, {}
     for name, row in rows.items():
-        epochs[name] = " ".join(str(found["finetune"]["epoch"]) for found in row.found)
+        epochs[name] = " ".join(str(outcome["finetune"]["epoch"]) for outcome in row.found)
         if name != best:
             over_best[name] = gain(sweep, row, rows[best], "recall@20")
         if name != "Random":

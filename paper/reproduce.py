@@ -9,7 +9,7 @@
     fig4          the loss weight, both readings of CIMA
     scale         what share of the gain is only scale and smoothing
     regimes       the map: how each gain fades as training data grows, and who gains
-    paper-recipe  two shares of the map, all that is trained by the paper's recipe
+    paper-recipe  two shares of the map, with the paper's recipe for all that is trained
     new-items     items without any training interaction
     recipe        learning rates, weight decays and the bias, by validation
     all           all of them
@@ -45,20 +45,20 @@ from paper.cells import Cells
 from paper.figures import draw_bars, draw_lines, draw_points, plot
 from paper.regimes import (SHARES, TWO_SHARES, new_items, regimes, regimes_by_papers_recipe,
                            run_starts, splits_of)
-from paper.sweep import (AS_IS, CONTROLS, GRID, NO_CIMA, OTHERS, SCALES, SYSTEMS, THE_PAPERS,
-                         XAVIER, Sweep, best_of, choice_columns, choose, choose_scale,
+from paper.sweep import (AS_IS, CONTROLS, GRID, NO_CIMA, OTHERS, PAPERS_RECIPE, SCALES,
+                         SYSTEMS, XAVIER, Sweep, best_of, choice_columns, choose, choose_scale,
                          choose_variants, control_rows, gain, gains_over_mmcpr, p_note, rms,
                          scale_name, smallest_difference, table, test_values, title_of,
                          validation_recall, write_runs)
 
-# Flags of mmcpr.py that leave the towers as they are drawn.
-UNTRAINED = ("--lr", "1e-9", "--epochs", "1", "--eval-every", "1")
+# Flags of mmcpr.py: one step, too small to move the towers from where they are drawn.
+NO_TRAINING = ("--lr", "1e-9", "--epochs", "1", "--eval-every", "1")
 
 # What Table 3 leaves out, as flags of mmcpr.py.
 ABLATIONS = {NO_CIMA: ("--lam", "0"), "w/o BCE (λ = 1)": ("--lam", "1")}
 
 # The recipes that are compared with the default, as flags of mmcpr.py; c is --weight-decay.
-RECIPES = {"the paper's: lr 1e-3, c = 0, no bias": THE_PAPERS,
+RECIPES = {"the paper's: lr 1e-3, c = 0, no bias": PAPERS_RECIPE,
            "lr 1e-3, c = 0": ("--lr", "1e-3", "--weight-decay", "0"),
            "lr 1e-3, c = 2": ("--lr", "1e-3"),
            "lr 1e-2, c = 0": ("--weight-decay", "0"),
@@ -66,11 +66,12 @@ RECIPES = {"the paper's: lr 1e-3, c = 0, no bias": THE_PAPERS,
            "lr 1e-2, c = 2, no bias": ("--bias", "none"),
            "lr 1e-2, c = 6": ("--weight-decay", "6")}
 
-# Recall@20 of the paper's Table 2 and 3.
+# Recall@20 of the paper's Tables 2 and 3.
 PAPER_SYSTEMS = ("Random", "CLIP", "MMGCN", "GPT-GNN", "Graph-BERT", "PMGT", "GCN-P", "MMCPR")
 PAPER = {"vg": (.1571, .1712, .1703, .1659, .1696, .1718, .1916, .1939),
          "tg": (.0876, .0967, .0966, .0931, .1034, .1024, .1025, .1067),
          "sharee": (.1059, .1135, .1106, .1090, .1074, .1077, .1382, .1392)}
+# Without CIMA, without BCE, MMCPR.
 PAPER_ABLATION = {"vg": (.1898, .1729, .1939), "tg": (.1051, .0974, .1067),
                   "sharee": (.1316, .1143, .1392)}
 
@@ -138,7 +139,7 @@ def table2(sweep):
 
 def papers_recipe(sweep):
     """(pretraining, finetuning) of MMCPR as the paper has it, at the scale validation chooses."""
-    command = sweep.pretraining("mmcpr", *THE_PAPERS)
+    command = sweep.pretraining("mmcpr", *PAPERS_RECIPE)
     return command, choose_scale(sweep, command, "the paper's recipe")
 
 
@@ -222,7 +223,8 @@ def scale_of_start(sweep):
         without = sweep.pretraining("mmcpr", *rate, "--lam", "0")
         wanted["w/o CIMA, as is"] = (without, AS_IS)
         wanted["w/o CIMA, to Xavier's RMS"] = (without, XAVIER)
-    wanted["MMCPR not trained, to Xavier's RMS"] = (sweep.pretraining("mmcpr", *UNTRAINED), XAVIER)
+    wanted["MMCPR not trained, to Xavier's RMS"] = (
+        sweep.pretraining("mmcpr", *NO_TRAINING), XAVIER)
     rows = sweep.run_rows(wanted, "scale")
     our_rms = ("--scale", rms(rows["MMCPR, as is"]))
     rows |= sweep.run_rows({"Random, at the RMS of MMCPR as is": (None, our_rms)}, "scale")
@@ -232,7 +234,7 @@ def scale_of_start(sweep):
     curves = {}
     for name, row in rows.items():
         if "CIMA" not in name:
-            histories = [cell["finetune"]["history"] for cell in row.found]
+            histories = [outcome["finetune"]["history"] for outcome in row.found]
             curves[name] = curve(histories, "recall@20")
     panels = {"validation Recall@20": curves}
     plot(sweep.folder / "scale.png", panels, draw_lines, "epoch of fine-tuning")
@@ -251,8 +253,8 @@ def recipe(sweep):
              "one ranking | like popularity | dead |", "|---" * 9 + "|"]
     for share, rows in rows_at.items():
         for name, row in rows.items():
-            recalls = [validation_recall(found) for found in row.found]
-            reports = [found["report"] for found in row.found]
+            recalls = [validation_recall(outcome) for outcome in row.found]
+            reports = [outcome["report"] for outcome in row.found]
             shared = np.mean([report["shared_ranking"] for report in reports])
             like_popularity = np.mean([report["popularity_correlation"] for report in reports])
             dead = set().union(*map(dead_modalities, reports))
@@ -319,7 +321,7 @@ def attention_of(row, side):
     """{modality: its mean attention, one value of each seed}; side: "user" or "item"."""
     values = {}
     for modality in row.found[0]["report"]["modalities"][side]:
-        of_seeds = [cell["report"]["modalities"][side][modality] for cell in row.found]
+        of_seeds = [outcome["report"]["modalities"][side][modality] for outcome in row.found]
         values[modality] = [of_seed["attention"] for of_seed in of_seeds]
     return values
 
@@ -395,7 +397,7 @@ def fig4(sweep):
     column = {}
     for name, row in rows.items():
         if points[name][1] < 1:  # else there is no BCE
-            column[name] = f"{np.mean([bce_share(cell) for cell in row.found]):.2f}"
+            column[name] = f"{np.mean([bce_share(outcome) for outcome in row.found]):.2f}"
     columns = {"BCE, of that of popularity alone": column}
     sweep.show("fig4", table(sweep, "Figure 4", controls | rows, columns))
     panels = {}
@@ -413,9 +415,9 @@ def fig4(sweep):
     plot(sweep.folder / "fig4.png", panels, draw_lines, "λ")
 
 
-def bce_share(cell):
+def bce_share(outcome):
     """The BCE that was reached, as a share of that of item popularity alone."""
-    return cell["report"]["losses"]["bce"] / cell["report"]["popularity_loss"]
+    return outcome["report"]["losses"]["bce"] / outcome["report"]["popularity_loss"]
 
 
 # --- The command line ---------------------------------------------------------------------

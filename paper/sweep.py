@@ -26,7 +26,7 @@ OTHERS = tuple(method for name, method in SYSTEMS.items() if name not in (*CONTR
 GRID = ("1e-4", "1e-3", "1e-2")
 
 # Flags of mmcpr.py: the recipe that the paper names.
-THE_PAPERS = ("--lr", "1e-3", "--weight-decay", "0", "--bias", "none")
+PAPERS_RECIPE = ("--lr", "1e-3", "--weight-decay", "0", "--bias", "none")
 
 # Flags of finetune.py: start from the tables as they are, or scaled to a random start's RMS.
 AS_IS, XAVIER = (), ("--scale", "xavier")
@@ -118,9 +118,9 @@ class Sweep:
         rows = {}
         # The cells are in order: a row's seeds stand side by side.
         for start, name in zip(range(0, len(cells), len(self.seeds)), wanted):
-            row = slice(start, start + len(self.seeds))
-            if all(found[row]):
-                rows[name] = Row(cells[row], found[row])
+            of_name = slice(start, start + len(self.seeds))
+            if all(found[of_name]):
+                rows[name] = Row(cells[of_name], found[of_name])
         return rows
 
     def show(self, name, lines):
@@ -144,9 +144,9 @@ def scales_of(sweep, command):
     return sweep.scales
 
 
-def validation_recall(found):
+def validation_recall(outcome):
     """What a cell is chosen by; one that diverged, or had nothing to do, loses to any other."""
-    return found["finetune"]["valid"]["recall@20"] if found else -1
+    return outcome["finetune"]["valid"]["recall@20"] if outcome else -1
 
 
 def choose(sweep, systems):

@@ -1339,7 +1339,7 @@ def test_not_trained_is_what_it_says():
     """The control's flags leave the towers where their seed drew them."""
     rng = np.random.default_rng(0)
     train, text = binary(rng, 40, 30, 0.2), rng.normal(size=(30, 8)).astype(np.float32)
-    args = mmcpr.arguments().parse_args([*reproduce.UNTRAINED, "--seed", "3"])
+    args = mmcpr.arguments().parse_args([*reproduce.NO_TRAINING, "--seed", "3"])
     parts = data.Parts(train, sp.csr_matrix((40, 30)), None, None, "")
     user, item, _ = mmcpr.pretrain(parts, {"T": text}, args)
     torch.manual_seed(3)
@@ -1484,7 +1484,7 @@ def test_rates_that_are_none(sweep, rate):
 
 def test_rate_and_scale_of_a_row_are_its_cells(all_targets):
     """Of the rows that Table 2 adds to the systems, too."""
-    for name, flags in (("MMCPR, the paper's recipe", ["mmcpr.py", *reproduce.THE_PAPERS]),
+    for name, flags in (("MMCPR, the paper's recipe", ["mmcpr.py", *reproduce.PAPERS_RECIPE]),
                         ("MMCPR without reviews", ["--modalities", "TVG"]),
                         ("Random at the RMS of MMCPR as is", [])):
         found = {}
