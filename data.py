@@ -340,7 +340,7 @@ def features(dataset, modalities, encoder="auto", data_dir=Path("data"), clip=CL
             path, rows = ready[modality]
             table = np.load(path, mmap_mode="r", allow_pickle=False)
             # Indexing copies: where all rows are used, in order, the table stays on disk.
-            if not np.array_equal(rows, np.arange(len(table))):
+            if not np.array_equal(rows, np.arange(len(table), dtype=np.int64)):
                 table = table[rows]
         else:
             contents = contents_of(dataset, modality)
