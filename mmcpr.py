@@ -541,7 +541,7 @@ def arguments():
         help="a control: items have each other's texts and images, users each other's reviews")
     add("--lam", type=run.fraction, help="weight of CIMA; 0 drops it, 1 drops BCE (Eq. 16)")
     add("--tau", type=float, help="CIMA's temperature")
-    add("--cima", choices=("softmax", "bce"), 
+    add("--cima", choices=("softmax", "bce"),
         help="reading of Eq. 11: CLIP's cross-entropy, or the formula with a sigmoid")
     add("--bias", choices=("none", "global"), help="added to the score of Eq. 15, not exported")
     add("--layers", type=run.non_negative, help="LightGCN layers of the graph encoder")
