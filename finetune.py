@@ -522,20 +522,26 @@ def open_init_and_data(args):
     return arrays, dataset, parts, data_options
 
 
+def open_checkpoint(name, args, parts, arrays, **more_options):
+    """The Checkpoint <name>.<digest>.ckpt of a fine-tuning that starts from the arrays of --init.
+
+    more_options: what tells two runs apart, beside the options that say how to train.
+    """
+    tables = [arrays[side] for side in ("user", "item") if arrays and side in arrays]
+    # Without the path of --init, because run_id takes the tables themselves.
+    options = data.training_options(args, "init") | more_options
+    path = f"{name}.{checkpoints.run_id(options, parts, tables)}.ckpt"
+    return checkpoints.Checkpoint(path, args.resume, args.checkpoint_every)
+
+
 def finetune_and_save(args):
     arrays, dataset, parts, data_options = open_init_and_data(args)
     n_ranked = dataset.n_items if parts.new_items is None else len(parts.new_items)
     if n_ranked <= max(KS):
         print(f"only {n_ranked} items are ranked, so Recall@{max(KS)} is 1 whatever the model; "
               "these metrics are made for more")
-    tables = []
-    if arrays is not None:
-        tables = [arrays[side] for side in ("user", "item") if side in arrays]
 
-    # Without the path of --init: run_id takes the tables themselves.
-    options = data.training_options(args, "init")
-    path = f"finetune.{checkpoints.run_id(options, parts, tables)}.ckpt"
-    with checkpoints.Checkpoint(path, args.resume, args.checkpoint_every) as checkpoint:
+    with open_checkpoint("finetune", args, parts, arrays) as checkpoint:
         results = list(checkpoint.results)
         check_resumed_outputs(args, results)
         print_row(f"test, init {args.init}", METRIC_NAMES)

@@ -18,7 +18,6 @@ import run  # before the libraries: from here on Ctrl-C ends in one line
 
 from tqdm import tqdm
 
-import checkpoints
 import data
 import disk
 import finetune
@@ -58,12 +57,9 @@ def train_and_write(args):
                  "seed": args.seeds[0], "points": points}
         disk.write_file(args.metrics, lambda file: json.dump(found, file, indent=1), "w")
 
-    tables = [arrays[side] for side in ("user", "item") if arrays and side in arrays]
-    # Without the path of --init, because run_id takes the tables themselves; with the curve's, so
-    # that --resume continues this curve and overwrites no other.
-    options = data.training_options(args, "init") | {"metrics": args.metrics}
-    path = f"epochs.{checkpoints.run_id(options, parts, tables)}.ckpt"
-    with checkpoints.Checkpoint(path, args.resume, args.checkpoint_every) as checkpoint:
+    # With the curve's name, so that --resume continues this curve and overwrites no other.
+    with finetune.open_checkpoint("epochs", args, parts, arrays,
+                                  metrics=args.metrics) as checkpoint:
         # The first test is written before any training: it would overwrite an earlier curve.
         if checkpoint.training is None and Path(args.metrics).exists():
             raise run.InputError(f"{args.metrics} is there, and would be written over; name "
